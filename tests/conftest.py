@@ -1,0 +1,21 @@
+"""Hostile mode: eight fake devices, annotations checked at run time, warnings are errors (see pyproject.toml)."""
+
+import os
+
+# Before JAX is first imported, which reads both once.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jaxtyping
+
+jaxtyping.install_import_hook("research", "beartype.beartype")
+
+import research  # noqa: E402, F401, I001  (before keras: it chooses the backend)
+
+import keras  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    keras.utils.set_random_seed(0)

@@ -1,0 +1,91 @@
+"""The first law: weights and logs equal Keras' own to the last bit, wherever Keras is right."""
+
+import jax
+import keras
+import numpy as np
+import pytest
+from cases import CASES, Case
+
+import research
+
+STEPS = 7
+
+
+def batches(case: Case) -> list[research.Batch]:
+    rng = np.random.default_rng(0)
+    return [research.Batch(*case.batch(rng)) for _ in range(STEPS)]
+
+
+def keras_run(case: Case) -> tuple[keras.Model, list[dict[str, float]]]:
+    """Weights from `train_on_batch`; logs from Keras' jitted `train_step`, whose metrics run on."""
+    keras.utils.set_random_seed(1)
+    model = case.model()
+    model.compile(**case.compiled())
+    for batch in batches(case):
+        model.train_on_batch(batch.x, batch.y, sample_weight=batch.sample_weight)
+    keras.utils.set_random_seed(1)
+    other = case.model()
+    other.compile(**case.compiled())
+    first = batches(case)[0]
+    other.test_on_batch(first.x, first.y, sample_weight=first.sample_weight)
+    other.optimizer.build(other.trainable_variables)
+    other.reset_metrics()
+    keras.utils.set_random_seed(1)
+    for fresh, seeded in zip(other.variables, case.model().variables, strict=True):
+        fresh.assign(seeded.value)
+    parts = [
+        other.trainable_variables,
+        other.non_trainable_variables,
+        other.optimizer.variables,
+        other.metrics_variables,
+    ]
+    state = tuple([v.value for v in part] for part in parts)
+    step, logs = jax.jit(other.train_step), []
+    for batch in batches(case):
+        found, state = step(state, (batch.x, batch.y, batch.sample_weight))
+        logs.append({name: float(value) for name, value in found.items()})
+    return model, logs
+
+
+def learner(case: Case, through: str) -> tuple[research.Learner, keras.Model, keras.Optimizer]:
+    keras.utils.set_random_seed(1)
+    model, compiled, example = case.model(), case.compiled(), batches(case)[0]
+    if through == "from_keras":
+        model.compile(**compiled)
+        return research.from_keras(model, example), model, model.optimizer
+    compiled["optimizer"] = keras.optimizers.get(compiled["optimizer"])
+    return research.supervised(model, example=example, **compiled), model, compiled["optimizer"]
+
+
+@pytest.mark.parametrize("through", ["supervised", "from_keras"])
+@pytest.mark.parametrize("name", CASES)
+def test_weights_and_logs_equal_keras_bit_for_bit(name: str, through: str) -> None:
+    case = CASES[name]
+    expected, expected_logs = keras_run(case)
+    mine, model, optimizer = learner(case, through)
+    state, step = mine.init(), jax.jit(mine.train, donate_argnums=0)
+    for batch, wanted in zip(batches(case), expected_logs, strict=True):
+        state, logs = step(state, batch)
+        assert {name: float(value) for name, value in logs.items()} == wanted
+    research.write_back(state, model, optimizer)
+    for variable, wanted in zip(model.variables, expected.variables, strict=True):
+        np.testing.assert_array_equal(variable.value, wanted.value, err_msg=variable.path)
+    for variable, wanted in zip(optimizer.variables, expected.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(variable.value, wanted.value, err_msg=variable.path)
+
+
+@pytest.mark.parametrize("through", ["supervised", "from_keras"])
+@pytest.mark.parametrize("name", CASES)
+def test_evaluation_equals_keras_test_on_batch_bit_for_bit(name: str, through: str) -> None:
+    case = CASES[name]
+    mine, model, _ = learner(case, through)
+    batch = batches(case)[0]
+    state, logs = jax.jit(mine.evaluate)(mine.init(), batch)
+    if through == "supervised":
+        model.compile(**case.compiled())
+    wanted = model.test_on_batch(batch.x, batch.y, sample_weight=batch.sample_weight, return_dict=True)
+    assert {name: float(value) for name, value in logs.items()} == {name: float(value) for name, value in wanted.items()}
+    np.testing.assert_array_equal(
+        jax.tree.leaves(jax.jit(mine.predict)(state, batch))[0],
+        jax.tree.leaves(model.predict_on_batch(batch.x))[0],
+    )
