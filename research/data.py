@@ -13,18 +13,25 @@ from research.state import Batch, Refused
 RESIDENT_BYTES = 1 << 30  # arrays up to this size are kept on the device
 
 
+class Resident(NamedTuple):
+    """Data small enough to live on the device: a step's batch is `take(source(), rows(step))`."""
+
+    source: Callable[[], PyTree]
+    rows: Callable[[int], Int[np.ndarray, " batch"]]
+
+
 class Batches(NamedTuple):
     """A data set cut into batches.
 
-    `batch(step)` is that step's batch on the host, a pure function of the step counted from the start of training. Where
-    `source` is given, the data is small enough to live on the device, and the same batch is `take(source, rows(step))`.
+    `batch(step)` is that step's batch on the host, a pure function of the step counted from the start of training. Everything
+    else is known without loading anything: `shapes` is a whole batch as `jax.ShapeDtypeStruct`s.
     """
 
     batch: Callable[[int], Any]
+    shapes: Any
     steps_per_epoch: int
     examples: int
-    source: Any = None
-    rows: Callable[[int], Int[np.ndarray, " batch"]] | None = None
+    resident: Resident | None = None
 
 
 def arrays(
@@ -58,7 +65,7 @@ def arrays(
         _check_labels(host.y, classes, name)
     if class_weight is not None:
         host = host._replace(sample_weight=_class_weights(host, class_weight, name))
-    steps = -(-n // batch_size)
+    steps = steps_in(n, batch_size)
 
     @functools.lru_cache(maxsize=2)
     def order(epoch: int) -> Int[np.ndarray, " examples"]:
@@ -73,11 +80,63 @@ def arrays(
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(host))
     return Batches(
         batch=lambda step: take(host, rows(step)),
+        shapes=jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((batch_size, *leaf.shape[1:]), leaf.dtype), host),
         steps_per_epoch=steps,
         examples=n,
-        source=host if size <= resident_bytes else None,
-        rows=rows,
+        resident=Resident(lambda: host, rows) if size <= resident_bytes else None,
     )
+
+
+def deferred(load: Callable[[], Batches], shapes: Any, examples: int) -> Batches:
+    """Batches that are loaded when the first is asked for, and until then known by the shapes of one and the number of examples.
+
+    Raises `Refused`, on loading, where the data is not what was announced.
+
+    >>> import numpy as np
+    >>> x = jax.ShapeDtypeStruct((2,), np.float32)
+    >>> batches = deferred(lambda: arrays(np.arange(5.0), batch_size=2, shuffle=False), Batch(x), examples=5)
+    >>> batches.steps_per_epoch, batches.batch(2).x.tolist()
+    (3, [4.0])
+    """
+    leading = {leaf.shape[0] for leaf in jax.tree.leaves(shapes)}
+    size = sum(leaf.size // leaf.shape[0] * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)) * examples
+
+    @functools.cache
+    def loaded() -> Batches:
+        found = load()
+        if (found.shapes, found.examples) != (shapes, examples):
+            raise Refused(
+                f"data: {found.examples} examples were loaded in batches of {found.shapes}, expected {examples} in {shapes}: "
+                "the files are other ones, or damaged; remove them and load them again."
+            )
+        return found
+
+    def source() -> PyTree:
+        found = loaded().resident
+        assert found is not None
+        return found.source()
+
+    def rows(step: int) -> Int[np.ndarray, " batch"]:
+        found = loaded().resident
+        assert found is not None
+        return found.rows(step)
+
+    return Batches(
+        batch=lambda step: loaded().batch(step),
+        shapes=shapes,
+        steps_per_epoch=steps_in(examples, leading.pop()),
+        examples=examples,
+        resident=Resident(source, rows) if size <= RESIDENT_BYTES else None,
+    )
+
+
+def steps_in(examples: int, batch_size: int) -> int:
+    """The batches in an epoch, a shorter last one counted.
+
+    >>> steps_in(10, 4)
+    3
+    """
+    return -(-examples // batch_size)
 
 
 def take(source: PyTree, rows: Any) -> PyTree:

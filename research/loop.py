@@ -44,9 +44,9 @@ def train(
     """Folds the learner's step over `steps` batches, or over `epochs`. Returns the state and the last values of every split.
 
     Metrics are reset at the start of each epoch; at its end, every data set of `evaluations` is evaluated. `log` receives an
-    `Entry` every `log_every` steps and at the end of an epoch, always after the following step was dispatched: the device
-    never waits for it. A hook `(every, hook)` is called after each `every`-th step, before the next is dispatched; what it returns
-    (if not None) is the state from there on, and the state it sees is gone once training goes on.
+    `Entry` after the first step, every `log_every` steps and at the end of an epoch, always once the following step was
+    dispatched: the device never waits for it. A hook `(every, hook)` is called after each `every`-th step, before the next is
+    dispatched; what it returns (if not None) is the state from there on; the state it sees is gone once training goes on.
 
     `state` goes on from somewhere else (by default `learner.init()`), `start` is the number of steps it has behind it. It is
     donated: use the one that is returned. Raises `Refused` where a batch does not fit the learner, before anything is run.
@@ -83,7 +83,8 @@ def train(
         read()  # the logs of an earlier step, now that this one is on its way
         done = step + 1
         ends = position + 1 == data.steps_per_epoch or done == total
-        if ends or (log_every is not None and done % log_every == 0):
+        first = done == start + 1 and log is not None
+        if ends or first or (log_every is not None and done % log_every == 0):
             pending.append((done, epoch, "train", logs))
         if ends:
             pending += [(done, epoch, split, evaluate(state)) for split, evaluate in evaluators.items()]
@@ -135,8 +136,8 @@ def trainer(learner: Learner, data: Batches, state: Any) -> Callable[[Any, int],
     >>> for step in range(4):
     ...     state, logs = run(state, step)
     """
-    if data.source is not None and data.rows is not None:
-        rows, source = data.rows, jax.device_put(data.source)
+    if data.resident is not None:
+        rows, source = data.resident.rows, jax.device_put(data.resident.source())
         gathered = jax.jit(lambda state, source, rows: learner.train(state, take(source, rows)), donate_argnums=0)
         _fits(gathered.trace, data, state, source, rows(0))
         return lambda state, step: gathered(state, source, rows(step))
@@ -165,19 +166,19 @@ def evaluator(learner: Learner, data: Batches) -> Callable[[Any], dict[str, Any]
     >>> float(run(learner.init())["loss"])
     1.0
     """
-    resident = data.source is not None and data.rows is not None
-    source = jax.device_put(data.source) if resident else None
+    resident = data.resident
+    source = None if resident is None else jax.device_put(resident.source())
     programs: dict[Any, Callable[..., Any]] = {}
 
     def evaluate(state: Any, source: PyTree, batch: PyTree) -> tuple[Any, dict[str, Any]]:
-        return learner.evaluate(state, take(source, batch) if resident else batch)
+        return learner.evaluate(state, batch if resident is None else take(source, batch))
 
     def run(state: Any) -> dict[str, Any]:
         if "reset" not in programs:
             programs["reset"] = sparing(lambda state: (learner.reset(state), None), state)
         state, logs = programs["reset"](state)[0], {}
         for step in range(data.steps_per_epoch):
-            batch = data.rows(step) if resident and data.rows is not None else data.batch(step)
+            batch = data.batch(step) if resident is None else resident.rows(step)
             shape = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
             if shape not in programs:
                 programs[shape] = _fits(functools.partial(sparing, evaluate), data, state, source, batch)
@@ -236,7 +237,7 @@ def _fits(trace: Callable[..., T], data: Batches, *args: Any) -> T:
     except Refused:
         raise
     except (TypeError, ValueError) as error:
-        batch = jax.tree_util.tree_leaves_with_path(data.batch(0))
+        batch = jax.tree_util.tree_leaves_with_path(data.shapes)
         shapes = ", ".join(f"{jax.tree_util.keystr(path).strip('.')} {leaf.dtype}{list(leaf.shape)}" for path, leaf in batch)
         raise Refused(f"a batch does not fit the learner ({shapes}): {' '.join(str(error).split())}") from error
 

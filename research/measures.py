@@ -243,7 +243,7 @@ def output_shapes(model: keras.Model, x: PyTree | None = None) -> PyTree:
 
 
 def _parts(head: keras.Model) -> tuple[Any, list[keras.Metric]]:
-    """Of a head's metrics behind the loss tracker: Keras' one compiled metric (or None), and a loss for each of several outputs."""
+    """A head's metrics behind its loss tracker: Keras' one compiled metric (or None), and a loss for each of several outputs."""
     rest = head.metrics[1:]
     split = int(any(hasattr(metric, "metrics") for metric in rest[:1]))
     return (rest[0] if split else None), rest[split:]

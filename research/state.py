@@ -133,7 +133,8 @@ def values(variables: Iterable[keras.Variable]) -> list[Array]:
     >>> values([variable])[0] is variable.value
     False
     """
-    return [jnp.array(variable.value, copy=True) for variable in variables]
+    held = [variable.value for variable in variables]
+    return [jnp.array(value, value.dtype, copy=True) for value in held]  # a dtype said: a weak type would compile twice
 
 
 def layer_metrics(model: keras.Model) -> list[keras.Metric]:
@@ -183,8 +184,8 @@ def write_back(state: State, model: keras.Model, optimizer: keras.Optimizer | No
 
     >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
     >>> write_back(State([jnp.full((1, 1), 7.0)], [], [], {}), model)
-    >>> model.trainable_variables[0].value
-    Array([[7.]], dtype=float32)
+    >>> float(model.trainable_variables[0].value[0, 0])
+    7.0
     """
     assignments = [
         ("trainable", model.trainable_variables, state.trainable),

@@ -1,0 +1,171 @@
+"""Runs an experiment: `run.py NAME --option value ...`; without a name, lists what there is."""
+
+import time
+
+STARTED = time.time()  # before the slow imports: what a user waits for counts from here
+
+import ast
+import dataclasses
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What does not change the numbers."""
+
+    run_dir: Path | None = None
+    """Where the run is kept; by default a new directory under runs/NAME/."""
+    log_every: int = 50
+    """Steps between two logs within an epoch."""
+
+
+def experiments() -> dict[str, str]:
+    """Every experiment's name and the first line of its docstring."""
+    found = {}
+    for path in sorted((ROOT / "experiments").glob("[!_]*.py")):
+        doc = ast.get_docstring(ast.parse(path.read_text())) or ""
+        found[path.stem] = doc.partition("\n")[0]
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """The command line; returns the exit code."""
+    known = experiments()
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("just run NAME [--option value ...]; `just run NAME --help` lists the options\n")
+        width = max(map(len, known))
+        print("\n".join(f"  {name:{width}}  {line}" for name, line in known.items()))
+        return 0
+    name, *rest = arguments
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}."
+        return refuse(f"no experiment {name!r}: {hint}", 2)
+    import tyro
+
+    from research.state import Refused
+
+    module = importlib.import_module(f"experiments.{name}")
+    flat = tyro.conf.configure(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)
+    parsed = tyro.cli(flat(arguments_of(module.Config)), args=rest, prog=f"just run {name}", description=module.__doc__)
+    try:
+        return run(name, module, parsed.config, parsed.options)
+    except Refused as refusal:
+        return refuse(str(refusal), 1)
+
+
+def arguments_of(config: type) -> type:
+    """One flat set of options: the experiment's own, then those that every run has."""
+    return dataclasses.make_dataclass(
+        "Arguments",
+        [("config", config), ("options", Options, dataclasses.field(default_factory=Options))],
+        frozen=True,
+    )
+
+
+def run(name: str, module: Any, config: Any, options: Options) -> int:
+    """Trains an experiment into its run directory, and draws and reports what came of it."""
+    from research import record
+
+    compilation_cache()
+    directory = options.run_dir or record.latest(name, Path("runs"))
+    run, finished = record.open_run(directory, name, dataclasses.asdict(config))
+    if finished is not None:
+        print(f"{directory}: this run is finished; open {directory / 'report.html'}")
+        return 0
+    splits = module.data(config)
+    splits["train"].batch(0)  # what is wrong with the data is said before anything is written
+    learner = module.build(config)
+    record.begin(run)
+    summary = {"status": "failed", "steps": 0, "epochs": 0, "metrics": {}, "resumed_from": None}
+    try:
+        state = train(run, learner, splits, config, options, summary)
+        drawn = module.pictures(config, learner, state, splits) if hasattr(module, "pictures") else {}
+        record.draw(run, drawn)
+        summary["status"] = "finished"
+    except KeyboardInterrupt:
+        summary["status"] = "stopped"
+        return refuse(f"stopped at step {summary['steps']}; the same command with --run-dir {directory} starts it again.", 75)
+    except Exception:
+        (directory / "error.txt").write_text(traceback.format_exc())
+        raise
+    finally:
+        record.draw(run, {"curves": record.curves(record.entries(run))})
+        record.summarise(run, summary)
+        page = record.report(run)
+    values = [f"{name} {value:.4f}" for name, value in summary["metrics"].items() if name.endswith("accuracy")]
+    print(f"{'  '.join(values)}\n{page}")
+    return 0
+
+
+def train(run: Any, learner: Any, splits: Any, config: Any, options: Options, summary: dict[str, Any]) -> Any:
+    """Trains to the end, keeping `summary` true at every log."""
+    from research import console, loop, record, state
+
+    data = splits["train"]
+    total = config.epochs * data.steps_per_epoch
+    total = total if config.steps is None else min(config.steps, total)
+    initial = learner.init()
+    summary["parameters"] = state.parameters(initial)
+    first: list[tuple[int, float]] = []
+
+    with console.watching(total, data.steps_per_epoch) as (show, progress):
+
+        def log(entry: loop.Entry) -> None:
+            first.append((entry.step, time.time()))
+            summary.setdefault("seconds_to_first_step", first[0][1] - STARTED)
+            passed, seconds = entry.step - first[0][0], first[-1][1] - first[0][1]
+            prefix = "" if entry.split == "train" else f"{entry.split}_"
+            summary["metrics"].update({prefix + name: value for name, value in entry.values.items()})
+            summary.update(steps=entry.step, epochs=entry.step / data.steps_per_epoch)
+            summary["steps_per_second"] = passed / seconds if passed and seconds else None
+            record.append(run, entry)
+            show(entry)
+
+        trained, _ = loop.train(
+            learner,
+            data,
+            steps=total,
+            state=initial,
+            log_every=options.log_every,
+            log=log,
+            evaluations={"val": splits["val"]} if "val" in splits else {},
+            hooks=[progress],
+        )
+        if "test" in splits:
+            log(
+                loop.Entry(
+                    total, max(0, total - 1) // data.steps_per_epoch, "test", loop.evaluate(learner, splits["test"], trained)
+                )
+            )
+    return trained
+
+
+def compilation_cache() -> None:
+    """Keeps compiled programs from one start to the next, unless the environment says where or otherwise."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(caches / "research" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def refuse(message: str, code: int) -> int:
+    """Says in one line why nothing goes on, and gives the exit code."""
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
