@@ -180,7 +180,7 @@ def _checked(host: Batch, batch_size: int, name: str) -> int:
     if batch_size > n:
         raise Refused(f"{name}: the batch size is {batch_size} but there are {n} examples: choose {n} or less.")
     for where, leaf in named:
-        if np.issubdtype(leaf.dtype, np.floating) and not np.isfinite(leaf.sum(dtype=np.float64)):
+        if np.issubdtype(leaf.dtype, np.floating) and not np.isfinite([leaf.min(), leaf.max()]).all():
             bad = np.argwhere(~np.isfinite(leaf))
             if len(bad):
                 raise Refused(

@@ -61,9 +61,9 @@ def train(
     """
     total = _total(steps, epochs, data)
     state = learner.init() if state is None else state
-    evaluators = {split: evaluator(learner, held) for split, held in (evaluations or {}).items()}
     run = trainer(learner, data, state)
-    reset = sparing(lambda state: (learner.reset(state), None), state)
+    evaluators = {split: evaluator(learner, held, state) for split, held in (evaluations or {}).items()}
+    reset = sparing(learner.reset, state)
     last: dict[str, float] = {}
     pending: list[tuple[int, int, str, PyTree]] = []
 
@@ -78,7 +78,7 @@ def train(
     for step in range(start, total):
         epoch, position = divmod(step, data.steps_per_epoch)
         if position == 0:
-            state, _ = reset(state)
+            state = reset(state)
         state, logs = run(state, step)
         read()  # the logs of an earlier step, now that this one is on its way
         done = step + 1
@@ -86,12 +86,12 @@ def train(
         first = done == start + 1 and log is not None
         if ends or first or (log_every is not None and done % log_every == 0):
             pending.append((done, epoch, "train", logs))
-        if ends:
-            pending += [(done, epoch, split, evaluate(state)) for split, evaluate in evaluators.items()]
         for every, hook in hooks:
             if done % every == 0:
                 changed = hook(done, state, logs)
                 state = state if changed is None else changed
+        if ends:
+            pending += [(done, epoch, split, evaluate(state)) for split, evaluate in evaluators.items()]
     read()
     return state, last
 
@@ -105,7 +105,7 @@ def evaluate(learner: Learner, data: Batches, state: Any) -> dict[str, float]:
     >>> evaluate(learner, research.arrays(np.ones((5, 1)), np.full((5, 1), 3.0), batch_size=2), learner.init())
     {'loss': 9.0, 'mae': 3.0}
     """
-    return _numbers(evaluator(learner, data)(state))
+    return _numbers(evaluator(learner, data, state)(state))
 
 
 def predict(learner: Learner, data: Batches, state: Any) -> PyTree:
@@ -136,18 +136,22 @@ def trainer(learner: Learner, data: Batches, state: Any) -> Callable[[Any, int],
     >>> for step in range(4):
     ...     state, logs = run(state, step)
     """
+
+    def train_step(state: Any, source: PyTree, batch: Any) -> tuple[Any, dict[str, Any]]:
+        return learner.train(state, batch if source is None else take(source, batch))
+
+    program = jax.jit(train_step, donate_argnums=0)
     if data.resident is not None:
         rows, source = data.resident.rows, jax.device_put(data.resident.source())
-        gathered = jax.jit(lambda state, source, rows: learner.train(state, take(source, rows)), donate_argnums=0)
-        _fits(gathered.trace, data, state, source, rows(0))
-        return lambda state, step: gathered(state, source, rows(step))
-    program = jax.jit(learner.train, donate_argnums=0)
+
+        _fits(program.trace, data, state, source, rows(0))
+        return lambda state, step: program(state, source, rows(step))
     batches = _ahead(data)
-    _fits(program.trace, data, state, data.batch(0))
+    _fits(program.trace, data, state, None, data.batch(0))
     in_flight: list[PyTree] = []
 
     def run(state: Any, step: int) -> tuple[Any, dict[str, Any]]:
-        state, logs = program(state, batches(step))
+        state, logs = program(state, None, batches(step))
         in_flight.append(logs)
         if len(in_flight) > IN_FLIGHT:  # without a bound the host would fill memory with batches
             jax.block_until_ready(in_flight.pop(0))
@@ -156,33 +160,43 @@ def trainer(learner: Learner, data: Batches, state: Any) -> Callable[[Any, int],
     return run
 
 
-def evaluator(learner: Learner, data: Batches) -> Callable[[Any], dict[str, Any]]:
+def evaluator(learner: Learner, data: Batches, state: Any) -> Callable[[Any], dict[str, Any]]:
     """A pass over `data` with the learner's `evaluate`, compiled: state -> logs on the device.
+
+    Neither changes nor donates the state. Raises `Refused` where a batch does not fit the learner.
 
     >>> import keras, numpy as np, research
     >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, kernel_initializer="zeros")])
     >>> learner = research.supervised(model, loss="mse")
-    >>> run = evaluator(learner, research.arrays(np.ones((4, 1)), np.ones((4, 1)), batch_size=2))
-    >>> float(run(learner.init())["loss"])
+    >>> state = learner.init()
+    >>> run = evaluator(learner, research.arrays(np.ones((4, 1)), np.ones((4, 1)), batch_size=2), state)
+    >>> float(run(state)["loss"])
     1.0
     """
     resident = data.resident
     source = None if resident is None else jax.device_put(resident.source())
-    programs: dict[Any, Callable[..., Any]] = {}
+    batches = data.batch if resident is None else resident.rows
 
-    def evaluate(state: Any, source: PyTree, batch: PyTree) -> tuple[Any, dict[str, Any]]:
-        return learner.evaluate(state, batch if resident is None else take(source, batch))
+    def evaluate_step(state: Any, source: PyTree, batch: Any) -> tuple[Any, dict[str, Any]]:
+        return learner.evaluate(state, batch if source is None else take(source, batch))
+
+    def program(batch: Any) -> Callable[..., tuple[Any, dict[str, Any]]]:
+        return _fits(functools.partial(sparing, evaluate_step), data, state, source, batch)
+
+    def size(batch: Any) -> tuple[Any, ...]:
+        return tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+
+    reset = sparing(learner.reset, state)
+    programs = {size(batches(0)): program(batches(0))}
 
     def run(state: Any) -> dict[str, Any]:
-        if "reset" not in programs:
-            programs["reset"] = sparing(lambda state: (learner.reset(state), None), state)
-        state, logs = programs["reset"](state)[0], {}
+        logs: dict[str, Any] = {}
+        state = reset(state)
         for step in range(data.steps_per_epoch):
-            batch = data.batch(step) if resident is None else resident.rows(step)
-            shape = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
-            if shape not in programs:
-                programs[shape] = _fits(functools.partial(sparing, evaluate), data, state, source, batch)
-            state, logs = programs[shape](state, source, batch)
+            batch = batches(step)
+            if size(batch) not in programs:  # a shorter last batch
+                programs[size(batch)] = program(batch)
+            state, logs = programs[size(batch)](state, source, batch)
         return logs
 
     return run
@@ -206,7 +220,12 @@ def sparing(function: Callable[..., T], *args: Any) -> Callable[..., T]:
     handed = [positions.get(v) if isinstance(v, jax.extend.core.Var) else None for v in closed.jaxpr.outvars]
     structure = jax.tree.structure(shapes)
     flat = jax.extend.core.jaxpr_as_fun(closed)
-    program = jax.jit(lambda *leaves: [out for out, i in zip(flat(*leaves), handed, strict=True) if i is None])
+
+    def changing(*leaves: Any) -> list[Any]:
+        return [out for out, i in zip(flat(*leaves), handed, strict=True) if i is None]
+
+    changing.__name__ = function.__name__
+    program = jax.jit(changing)
 
     def call(*args: Any) -> T:
         leaves = jax.tree.leaves(args)

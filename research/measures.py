@@ -154,10 +154,11 @@ def without_padding(of: Compiled) -> Callable[[Held, Held, Batch, PyTree], Held]
 
     def move(before: Held, after: Held, batch: Batch, outputs: PyTree) -> Held:
         assert batch.valid is not None
-        valid = batch.valid.astype(jnp.float32)
-        weights = {"metrics": valid, "weighted_metrics": valid}
+        valid = jnp.asarray(batch.valid, jnp.float32)
+        of_outputs = jax.tree.map(lambda o: _spread(valid, o.shape[: max(o.ndim - 1, 1)]), outputs)
+        weights = {"metrics": of_outputs, "weighted_metrics": of_outputs}
         if batch.sample_weight is not None:
-            weights["weighted_metrics"] = jax.tree.map(lambda w: w * _aligned(valid, w), batch.sample_weight)
+            weights["weighted_metrics"] = jax.tree.map(lambda w: w * _spread(valid, w.shape), batch.sample_weight)
         names = iter(list(of.variables)[1:])
         for kind in ("metrics", "weighted_metrics"):
             if not of.given[kind]:
@@ -256,8 +257,9 @@ def _target(output: jax.ShapeDtypeStruct, loss: Any) -> jax.ShapeDtypeStruct:
     return output
 
 
-def _aligned(valid: Array, like: Array) -> Array:
-    return valid.reshape(-1, *[1] * (like.ndim - 1))
+def _spread(valid: Array, shape: tuple[int, ...]) -> Array:
+    """A number for each row, repeated over the row's positions."""
+    return jnp.broadcast_to(valid.reshape(-1, *[1] * (len(shape) - 1)), shape)
 
 
 def _unresolved(error: Exception, given: dict[str, Any]) -> Refused:

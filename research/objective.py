@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import keras
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from research.measures import Measures, compiled, flat_variables, measures, pack, shapes, without_padding
@@ -148,7 +149,7 @@ def _sum(terms: list[Array]) -> Float[Array, ""]:
 class _Masking(keras.Layer):
     """The same tensor, its mask less the rows that are padding: the one public way to read and to set Keras' masks."""
 
-    valid: Array | None = None
+    valid: Array | np.ndarray | None = None
     previous: Array | None = None
 
     def call(self, inputs: Array) -> Array:
@@ -159,10 +160,10 @@ class _Masking(keras.Layer):
         if self.valid is None:
             return previous_mask
         like = jnp.ones(inputs.shape[: max(inputs.ndim - 1, 1)], bool) if previous_mask is None else previous_mask
-        return self.valid.reshape(-1, *[1] * (like.ndim - 1)) & like.astype(bool)
+        return jnp.asarray(self.valid).reshape(-1, *[1] * (like.ndim - 1)) & like.astype(bool)
 
 
-def _without_padding(outputs: PyTree, valid: Array | None) -> PyTree:
+def _without_padding(outputs: PyTree, valid: Array | np.ndarray | None) -> PyTree:
     def masked(output: Array) -> Array:
         layer = _Masking()
         layer.valid = valid

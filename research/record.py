@@ -69,9 +69,17 @@ def open_run(directory: Path, experiment: str, config: Mapping[str, Any]) -> tup
 
 
 def begin(run: Run) -> None:
-    """Makes the directory and writes what is known before training: `config.json`, `versions.json`, the source's own changes."""
-    run.directory.mkdir(parents=True, exist_ok=True)
-    _write(run.directory / "config.json", _json({"experiment": run.experiment, "config": run.config}))
+    """Makes the directory and writes what is known before training: `config.json`, `versions.json`, the source's own changes.
+
+    Raises `Refused` where it can't be written.
+    """
+    try:
+        run.directory.mkdir(parents=True, exist_ok=True)
+        _write(run.directory / "config.json", _json({"experiment": run.experiment, "config": run.config}))
+    except OSError as error:
+        raise Refused(
+            f"--run-dir {run.directory}: it can't be written ({error.strerror}); choose a directory of yours."
+        ) from error
     _write(run.directory / "versions.json", _json(versions()))
     difference = _git("diff", "HEAD")
     if difference:
@@ -136,7 +144,7 @@ def curves(logs: Sequence[Entry]) -> "Figure":
             points = [(e.step, e.values[name]) for e in logs if e.split == split and name in e.values]
             if points:
                 alone = len(points) < 40
-                style = {"marker": "o" if alone else "", "markersize": 3.5, "linewidth": 1.6}
+                style: dict[str, Any] = {"marker": "o" if alone else "", "markersize": 3.5, "linewidth": 1.6}
                 axes.plot(*zip(*points, strict=True), color=colour, label=split, **style)
         axes.set_title(name, fontsize=11)
         axes.set_xlabel("step")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 import jax
 import jax.numpy as jnp
 import keras
+import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
 S = TypeVar("S", covariant=True)
@@ -44,7 +45,7 @@ class Batch(NamedTuple):
     x: PyTree
     y: PyTree = None
     sample_weight: PyTree = None
-    valid: Bool[Array, " batch"] | None = None
+    valid: Bool[Array | np.ndarray, " batch"] | None = None
 
 
 @runtime_checkable

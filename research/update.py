@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import keras
 import optax
@@ -46,11 +47,10 @@ def keras_update(optimizer: keras.Optimizer, variables: Sequence[keras.Variable]
     (0.5, 1, 0.5)
     """
     variables = list(variables)
-    if not optimizer.built:
+    if optimizer.built:
+        _check_known(optimizer, variables)
+    else:
         optimizer.build(variables)
-    with_slots = [v for v in variables if any(s.name.startswith(_slot_prefix(v)) for s in optimizer.variables)]
-    if 0 < len(with_slots) < len(variables):
-        raise _built_for_others(optimizer, variables)
     scale = loss_scale(optimizer)
 
     def apply(state: State, gradients: Gradients) -> State:
@@ -170,5 +170,15 @@ def _built_for_others(optimizer: keras.Optimizer, variables: Sequence[keras.Vari
     )
 
 
-def _slot_prefix(variable: keras.Variable) -> str:
-    return f"{variable.path.replace('/', '_')}_"
+def _check_known(optimizer: keras.Optimizer, variables: Sequence[keras.Variable]) -> None:
+    """Asks the optimizer to update these very variables, for the shapes alone: it knows which ones it was built for."""
+    inner = optimizer.inner_optimizer if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) else optimizer
+
+    def probe(grads: list[Array]) -> None:
+        with keras.StatelessScope():
+            inner.apply(grads, variables)
+
+    try:
+        jax.eval_shape(probe, [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in variables])
+    except ValueError as error:
+        raise _built_for_others(optimizer, variables) from error

@@ -55,12 +55,26 @@ def main(arguments: list[str]) -> int:
     from research.state import Refused
 
     module = importlib.import_module(f"experiments.{name}")
+    unknown = misspelt(rest, [*dataclasses.fields(module.Config), *dataclasses.fields(Options)])
+    if unknown is not None:
+        return refuse(f"{unknown}; `just run {name} --help` lists the options.", 2)
     flat = tyro.conf.configure(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)
     parsed = tyro.cli(flat(arguments_of(module.Config)), args=rest, prog=f"just run {name}", description=module.__doc__)
     try:
         return run(name, module, parsed.config, parsed.options)
     except Refused as refusal:
         return refuse(str(refusal), 1)
+
+
+def misspelt(arguments: list[str], fields: list[dataclasses.Field[Any]]) -> str | None:
+    """The first option that there is not, with the nearest that there is."""
+    known = [f"--{field.name.replace('_', '-')}" for field in fields]
+    given = [argument.partition("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--")]
+    for option in given:
+        if option not in [*known, *(f"--no-{k[2:]}" for k in known), "--help"]:
+            near = difflib.get_close_matches(option, known, n=1)
+            return f"no option {option!r}" + (f": did you mean {near[0]!r}?" if near else "")
+    return None
 
 
 def arguments_of(config: type) -> type:
@@ -74,7 +88,7 @@ def arguments_of(config: type) -> type:
 
 def run(name: str, module: Any, config: Any, options: Options) -> int:
     """Trains an experiment into its run directory, and draws and reports what came of it."""
-    from research import record
+    from research import Refused, record
 
     compilation_cache()
     directory = options.run_dir or record.latest(name, Path("runs"))
@@ -95,9 +109,11 @@ def run(name: str, module: Any, config: Any, options: Options) -> int:
     except KeyboardInterrupt:
         summary["status"] = "stopped"
         return refuse(f"stopped at step {summary['steps']}; the same command with --run-dir {directory} starts it again.", 75)
-    except Exception:
-        (directory / "error.txt").write_text(traceback.format_exc())
+    except Refused:
         raise
+    except Exception as error:
+        (directory / "error.txt").write_text(traceback.format_exc())
+        return refuse(f"{type(error).__name__}: {error}; the traceback is in {directory / 'error.txt'}", 1)
     finally:
         record.draw(run, {"curves": record.curves(record.entries(run))})
         record.summarise(run, summary)

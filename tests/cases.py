@@ -40,6 +40,12 @@ def _two_outputs() -> keras.Model:
     return keras.Model(x, {"score": layers.Dense(1, name="score")(h), "kind": layers.Dense(3, name="kind")(h)})
 
 
+def _two_in_a_list() -> keras.Model:
+    a, b = keras.Input((6,), name="a"), keras.Input((6,), name="b")
+    h = layers.Dense(8, kernel_constraint=keras.constraints.MaxNorm(0.5))(layers.Concatenate()([a, b]))
+    return keras.Model([a, b], [layers.Dense(1, name="score")(h), layers.Dense(3, name="kind")(h)])
+
+
 def _subclassed() -> keras.Model:
     class Net(keras.Model):
         def __init__(self) -> None:
@@ -87,6 +93,11 @@ def _both(rng: np.random.Generator) -> tuple[Any, Any, Any]:
 def _both_weighted(rng: np.random.Generator) -> tuple[Any, Any, Any]:
     x, y, _ = _both(rng)
     return x, y, {name: rng.uniform(size=SIZE).astype("float32") for name in y}
+
+
+def _two_listed(rng: np.random.Generator) -> tuple[Any, Any, Any]:
+    weights = [rng.uniform(size=SIZE).astype("float32") for _ in range(2)]
+    return [_x(rng, 6), _x(rng, 6)], [_x(rng, 1), _labels(rng)], weights
 
 
 def _tokens(rng: np.random.Generator) -> tuple[Any, Any, Any]:
@@ -141,6 +152,17 @@ CASES = {
         _both_weighted,
     ),
     "two-outputs-one-loss": Case(_two_outputs, lambda: {"loss": {"score": "mse", "kind": None}, "optimizer": "sgd"}, _both),
+    "two-outputs-in-a-list": Case(
+        _two_in_a_list,
+        lambda: {
+            "loss": ["mse", _CLASSES["loss"]],
+            "loss_weights": [0.3, 1.0],
+            "metrics": [["mae"], ["accuracy"]],
+            "weighted_metrics": [["mse"], None],
+            "optimizer": keras.optimizers.Adam(clipvalue=0.1),
+        },
+        _two_listed,
+    ),
     "subclassed-add-loss": Case(_subclassed, lambda: {**_CLASSES, "optimizer": "adam"}, _weighted),
     "sequence-masked": Case(_sequence, lambda: {"loss": "mse", "metrics": ["mae"], "optimizer": "adam"}, _tokens),
 }

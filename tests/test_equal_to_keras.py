@@ -1,8 +1,12 @@
 """The first law: weights and logs equal Keras' own to the last bit, wherever Keras is right."""
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import keras
 import numpy as np
+import optax
 import pytest
 from cases import CASES, Case
 
@@ -89,3 +93,56 @@ def test_evaluation_equals_keras_test_on_batch_bit_for_bit(name: str, through: s
         jax.tree.leaves(jax.jit(mine.predict)(state, batch))[0],
         jax.tree.leaves(model.predict_on_batch(batch.x))[0],
     )
+
+
+@pytest.mark.parametrize(
+    "transformation",
+    [
+        optax.adam(1e-2),
+        optax.sgd(1e-2, momentum=0.9),
+        optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(optax.cosine_decay_schedule(1e-2, 5), weight_decay=1e-2)),
+        optax.inject_hyperparams(optax.lion)(learning_rate=1e-3),
+    ],
+    ids=["adam", "momentum", "adamw-schedule", "lion"],
+)
+@pytest.mark.parametrize("name", ["norm-adam", "two-outputs-weighted", "subclassed-add-loss"])
+def test_optax_equals_a_hand_written_step_over_keras_own_loss(name: str, transformation: optax.GradientTransformation) -> None:
+    """Keras' `compute_loss_and_updates`, `jax.value_and_grad` and the transformation, as its users write it."""
+    case = CASES[name]
+    keras.utils.set_random_seed(1)
+    model, first = case.model(), batches(case)[0]
+    model.compile(**case.compiled())
+    model.test_on_batch(first.x, first.y, sample_weight=first.sample_weight)
+    keras.utils.set_random_seed(1)
+    for variable, fresh in zip(model.variables, case.model().variables, strict=True):
+        variable.assign(fresh.value)
+
+    @jax.jit
+    def step(trainable: Any, rest: Any, slots: Any, batch: research.Batch) -> Any:
+        metrics = [v.value for v in model.metrics_variables]
+        compute = jax.value_and_grad(model.compute_loss_and_updates, has_aux=True)
+        (loss, aux), grads = compute(
+            trainable,
+            rest,
+            metrics,
+            batch.x,
+            batch.y,
+            batch.sample_weight,
+            training=True,
+            optimizer_variables=[v.value for v in model.optimizer.variables],
+        )
+        updates, slots = transformation.update(grads, slots, trainable)
+        return optax.apply_updates(trainable, updates), aux[2], slots, loss
+
+    trainable, rest = ([jnp.array(v.value) for v in part] for part in (model.trainable_variables, model.non_trainable_variables))
+    slots = transformation.init(trainable)
+    keras.utils.set_random_seed(1)
+    mine = research.supervised(case.model(), example=first, **{**case.compiled(), "optimizer": transformation})
+    state, train = mine.init(), jax.jit(mine.train)
+    for batch in batches(case):
+        trainable, rest, slots, loss = step(trainable, rest, slots, batch)
+        state, logs = train(mine.reset(state), batch)
+        assert float(logs["loss"]) == float(loss)
+    jax.tree.map(np.testing.assert_array_equal, (state.trainable, state.non_trainable), (trainable, rest))
+    jax.tree.map(np.testing.assert_array_equal, state.optimizer["transform"], slots)
+    assert int(state.optimizer["iterations"]) == STEPS
