@@ -1,6 +1,6 @@
 """Classify handwritten digits, or clothes, with a small network.
 
-    just run digits                                             # 1,797 real digits, half a minute on two cores
+    just run digits                                             # 1,797 real digits; five seconds on two cores
     just run digits --model cnn
     just run digits --data fashion_mnist --epochs 3             # downloads 30 MB once, or set KERAS_HOME
 
@@ -186,7 +186,7 @@ def pictures(config: Config, learner: research.Learner, state: research.State, s
     wrong = np.flatnonzero(answers != labels)
     # The surest mistakes first: the margin by which the wrong answer won.
     margin = logits[wrong, answers[wrong]] - logits[wrong, labels[wrong]]
-    for i, axes in enumerate(right.subplots(4, 8).flat):
+    for i, axes in enumerate(right.subplots(3, 5).flat):
         axes.axis("off")
         if i < len(wrong):
             row = wrong[np.argsort(-margin)[i]]

@@ -143,8 +143,8 @@ def curves(logs: Sequence[Entry]) -> "Figure":
         for split, colour in zip(splits, ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377") * 9, strict=False):
             points = [(e.step, e.values[name]) for e in logs if e.split == split and name in e.values]
             if points:
-                alone = len(points) < 40
-                style: dict[str, Any] = {"marker": "o" if alone else "", "markersize": 3.5, "linewidth": 1.6}
+                marker = ("D", 7) if len(points) == 1 else ("o", 3.5) if len(points) < 40 else ("", 0)
+                style: dict[str, Any] = {"marker": marker[0], "markersize": marker[1], "linewidth": 1.6}
                 axes.plot(*zip(*points, strict=True), color=colour, label=split, **style)
         axes.set_title(name, fontsize=11)
         axes.set_xlabel("step")

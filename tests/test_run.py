@@ -1,0 +1,216 @@
+"""The command: what it writes, what it refuses, and the numbers that its experiments promise."""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "KERAS_HOME")}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "run.py"), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**kept, **environment},
+        check=False,
+    )
+
+
+def strict(text: str) -> Any:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def contents(directory: Path) -> dict[str, tuple[int, bytes]]:
+    return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in directory.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default run, whole."""
+    directory = tmp_path_factory.mktemp("here") / "run"
+    done = command("digits", "--run-dir", directory.name, cwd=directory.parent)
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+def test_digits_reaches_what_its_docstring_promises(finished: Path) -> None:
+    summary = strict((finished / "summary.json").read_text())
+    assert summary["metrics"]["val_accuracy"] >= 0.97
+    assert summary["metrics"]["test_accuracy"] >= 0.94
+    assert (summary["experiment"], summary["status"], summary["steps"], summary["epochs"]) == ("digits", "finished", 900, 20)
+    assert summary["parameters"] == 64 * 512 + 512 + 512 * 10 + 10
+    assert summary["resumed_from"] is None
+    assert summary["steps_per_second"] > 0
+    assert summary["seconds_to_first_step"] > 0
+
+
+def test_a_run_leaves_its_config_versions_logs_pictures_and_report(finished: Path) -> None:
+    assert strict((finished / "config.json").read_text())["config"]["epochs"] == 20
+    assert strict((finished / "versions.json").read_text())["jax"]
+    lines = [strict(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert all(sorted(line) == ["epoch", "split", "step", "values"] for line in lines)
+    assert [line["step"] for line in lines if line["split"] == "val"] == [45 * (i + 1) for i in range(20)]
+    assert lines[-1]["split"] == "test"
+    for name in ("curves", "mistakes"):
+        assert (finished / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    page = (finished / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert "http" not in page  # opens offline
+
+
+def test_a_finished_run_is_not_run_again(finished: Path) -> None:
+    before = contents(finished)
+    again = command("digits", "--run-dir", str(finished), cwd=finished.parent)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert "is finished" in again.stdout
+    assert contents(finished) == before
+
+
+def test_the_same_config_gives_the_same_numbers_in_every_style(finished: Path, tmp_path: Path) -> None:
+    wanted = strict((finished / "summary.json").read_text())["metrics"]
+    for style in ("functional", "subclassed"):
+        done = command("digits", "--style", style, "--run-dir", style, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert strict((tmp_path / style / "summary.json").read_text())["metrics"] == wanted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["digits", "--epoch", "3"], 2, "error: no option '--epoch': did you mean '--epochs'?"),
+        (["digit"], 2, "error: no experiment 'digit': did you mean 'digits'?"),
+        (
+            ["digits", "--batch-size", "2000", "--run-dir", "new"],
+            1,
+            "error: sklearn (train): the batch size is 2000 but there are",
+        ),
+        (
+            ["digits", "--data", "mnist", "--run-dir", "new"],
+            1,
+            "error: --data mnist: neither in Keras' cache nor to be downloaded",
+        ),
+        (
+            ["digits", "--epochs", "4", "--run-dir", "RUN"],
+            1,
+            "error: --run-dir RUN: its run had another config (epochs was 20, now 4)",
+        ),
+        (["digits", "--run-dir", "OTHER"], 1, "error: --run-dir OTHER: it holds a run of 'gan', not of 'digits'"),
+        (["digits", "--run-dir", "FULL"], 1, "error: --run-dir FULL: it is not empty and holds no run"),
+        (["digits", "--run-dir", "FULL/file"], 1, "error: --run-dir FULL/file: "),
+        (["digits", "--run-dir", "/proc/none"], 1, "error: --run-dir /proc/none: it can't be written"),
+    ],
+)
+def test_bad_input_gets_one_line_and_touches_nothing(
+    arguments: list[str], code: int, said: str, finished: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "OTHER").mkdir()
+    (tmp_path / "OTHER" / "config.json").write_text('{"experiment": "gan", "config": {}}')
+    (tmp_path / "FULL").mkdir()
+    (tmp_path / "FULL" / "file").write_text("somebody's")
+    (tmp_path / "RUN").symlink_to(finished)
+    before = contents(tmp_path), contents(finished)
+    # A proxy that is not there: nothing is downloaded, wherever this runs.
+    done = command(*arguments, cwd=tmp_path, KERAS_HOME=str(tmp_path / "keras"), https_proxy="http://127.0.0.1:9")
+    (last,) = done.stderr.splitlines()[-1:]
+    assert (done.returncode, last[: len(said)]) == (code, said)
+    assert "Traceback" not in done.stderr
+    for path in list((tmp_path / "keras").rglob("*")):
+        if path.is_file():
+            path.unlink()
+    assert (contents(tmp_path), contents(finished)) == before
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("arguments", [["digits", "--epochs", "many"], ["digits", "--data", "cifar"]])
+def test_wrong_values_exit_with_2(arguments: list[str], tmp_path: Path) -> None:
+    done = command(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert arguments[1].lstrip("-") in done.stderr
+
+
+def test_without_a_name_every_experiment_is_listed_with_a_line(tmp_path: Path) -> None:
+    done = command(cwd=tmp_path)
+    assert done.returncode == 0
+    for path in (ROOT / "experiments").glob("[!_]*.py"):
+        (line,) = (line for line in done.stdout.splitlines() if line.split()[:1] == [path.stem])
+        assert len(line.split()) > 3
+
+
+def test_a_failing_run_says_so_in_one_line_and_in_its_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('BREAK'):\n"
+        "    import research.loop\n"
+        "    def broken(*_, **__): raise RuntimeError('out of luck')\n"
+        "    research.loop.evaluate = broken\n"
+    )
+    done = command("digits", "--epochs", "1", "--run-dir", "run", cwd=tmp_path, PYTHONPATH=str(tmp_path), BREAK="1")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "error: RuntimeError: out of luck; the traceback is in run/error.txt"
+    assert strict((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
+    assert "broken" in (tmp_path / "run" / "error.txt").read_text()
+
+
+def test_nothing_slow_is_loaded_before_it_is_used() -> None:
+    def loaded(imported: str) -> set[str]:
+        asked = f"import {imported}, sys; print(*(m for m in sys.modules if m in {slow}))"
+        environment = {**os.environ, "KERAS_BACKEND": "jax"}
+        done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True, env=environment)
+        return set(done.stdout.split())
+
+    slow = (
+        "orbax.checkpoint",
+        "matplotlib.figure",
+        "matplotlib.pyplot",
+        "sklearn.datasets",
+        "tyro",
+        "rich.progress",
+        "tensorboard",
+    )
+    assert loaded("research") <= loaded("keras")  # Keras itself loads some of them where they are installed
+
+
+def test_what_is_not_finite_is_null_in_the_logs(tmp_path: Path) -> None:
+    from research import record
+    from research.loop import Entry
+
+    run, _ = record.open_run(tmp_path / "run", "digits", {})
+    record.begin(run)
+    record.append(run, Entry(1, 0, "train", {"loss": math.nan, "accuracy": math.inf}))
+    assert strict((tmp_path / "run" / "metrics.jsonl").read_text())["values"] == {"loss": None, "accuracy": None}
+    assert math.isnan(record.entries(run)[0].values["loss"])
+    record.draw(run, {"curves": record.curves(record.entries(run))})
+
+
+def test_a_terminal_gets_a_bar_and_a_line_for_each_epoch(capsys: pytest.CaptureFixture[str]) -> None:
+    from research.console import watching
+    from research.loop import Entry
+
+    with watching(10, 5, terminal=True) as (log, (every, advance)):
+        for step in range(1, 11):
+            if step % every == 0:
+                advance(step, None, {})
+            log(Entry(step, (step - 1) // 5, "train", {"loss": 1.0 / step}))
+    shown = capsys.readouterr().out
+    assert "epoch 1/2  step 5" in shown
+    assert "step 3" not in shown
+    assert "10/10" in shown
+
+
+def test_the_runner_has_no_knowledge_of_single_experiments() -> None:
+    source = (ROOT / "scripts" / "run.py").read_text()
+    assert not [path.stem for path in (ROOT / "experiments").glob("[!_]*.py") if path.stem in source]
+    assert importlib.util.find_spec("research") is not None
