@@ -188,7 +188,9 @@ def _denominator(loss: Any, outputs: PyTree, batch: Batch) -> Float[Array, ""]:
         weighted = isinstance(losses[0], keras.Loss) and losses[0].reduction == "mean_with_sample_weight"
         if weighted and batch.sample_weight is not None:
             weight = jax.tree.leaves(batch.sample_weight)[0]
-            count = jnp.sum(weight if mask is None else weight.reshape(*weight.shape, *[1] * (mask.ndim - weight.ndim)) * mask)
+            if mask is not None:
+                weight = weight.reshape(*weight.shape, *[1] * (mask.ndim - weight.ndim)) * mask.astype(weight.dtype)
+            count = jnp.sum(weight)
         elif mask is not None:
             count = jnp.sum(mask)
     return jnp.asarray(count, jnp.float32)

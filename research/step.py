@@ -144,7 +144,7 @@ def supervised(
 
     >>> import research
     >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
-    >>> learner = supervised(model, loss="mse", optimizer=optax.adam(1e-3), metrics=["mae"])
+    >>> learner = supervised(model, loss="mse", optimizer=optax.sgd(1e-3), metrics=["mae"])
     >>> state, logs = jax.jit(learner.train)(learner.init(), Batch(jnp.ones((4, 2)), jnp.ones((4, 1))))
     >>> sorted(logs), learner.names.trainable
     (['loss', 'mae'], ['sequential/dense/kernel', 'sequential/dense/bias'])

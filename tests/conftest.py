@@ -1,4 +1,4 @@
-"""Hostile mode: eight fake devices, annotations checked at run time, warnings are errors (see pyproject.toml)."""
+"""Hostile mode: eight fake devices, annotations checked at run time, strict dtypes, warnings are errors (see pyproject.toml)."""
 
 import os
 
@@ -12,10 +12,15 @@ jaxtyping.install_import_hook("research", "beartype.beartype")
 
 import research  # noqa: E402, F401, I001  (before keras: it chooses the backend)
 
+from collections.abc import Iterator  # noqa: E402
+
+import jax  # noqa: E402
 import keras  # noqa: E402
 import pytest  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _hostile(request: pytest.FixtureRequest) -> Iterator[None]:
     keras.utils.set_random_seed(0)
+    with jax.numpy_dtype_promotion("standard" if request.node.get_closest_marker("promotes") else "strict"):
+        yield

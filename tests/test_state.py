@@ -43,7 +43,7 @@ def test_abstract_makes_no_array() -> None:
     assert jax.tree.structure(learner.names) == jax.tree.structure(shapes)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "optax"])
+@pytest.mark.parametrize("optimizer", ["adam", pytest.param("optax", marks=pytest.mark.promotes)])
 def test_an_abstract_learner_steps_on_a_state_of_its_shapes(optimizer: str) -> None:
     def make() -> research.Learner:
         return build(optimizer=optax.adam(1e-3) if optimizer == "optax" else optimizer)
