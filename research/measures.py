@@ -11,6 +11,8 @@ from jaxtyping import Array, Float, PyTree
 
 from research.state import Batch, Refused, current, in_order, layer_metrics, mapped, unique, values
 
+NICKNAMES = ["accuracy", "acc", "crossentropy", "ce", "mse", "mae", "mape", "msle", "bce", "kld"]
+
 Logs = dict[str, Array]
 Held = dict[str, list[Array]]  # State.metrics
 
@@ -70,7 +72,6 @@ def compiled(
     head = keras.Model()
     if getattr(model, "output_names", None):  # only Functional models name their outputs
         head.output_names = model.output_names
-    head.compile(optimizer=None, **given)
     names = ["loss"]
 
     def measure(y: PyTree, outputs: PyTree, weight: PyTree) -> None:
@@ -82,6 +83,7 @@ def compiled(
         names.extend(metric.name for metric in of_outputs)
 
     try:
+        head.compile(optimizer=None, **given)
         with keras.StatelessScope():  # variables made in it get their values when it closes, outside the trace
             jax.eval_shape(measure, y, outputs, weight)
     except (ValueError, TypeError, KeyError) as error:
@@ -265,7 +267,7 @@ def _spread(valid: Array, shape: tuple[int, ...]) -> Array:
 def _unresolved(error: Exception, given: dict[str, Any]) -> Refused:
     """Keras' message on one line, with the nearest known name where one was misspelt."""
     for kind, module in (("metrics", keras.metrics), ("weighted_metrics", keras.metrics), ("loss", keras.losses)):
-        known = [name for name in dir(module) if not name.startswith("_")] + ["accuracy", "acc", "crossentropy", "ce"]
+        known = [name for name in dir(module) if not name.startswith("_")] + NICKNAMES
         for name in keras.tree.flatten(given[kind]):
             if isinstance(name, str) and name not in known and name in str(error):
                 near = difflib.get_close_matches(name, known, n=1)

@@ -15,7 +15,15 @@ import research
 STEPS = 7
 # Keras' EMA and optax' bias correction multiply floats by integers.
 MIXED = {"norm-ema"}
-NAMES = [pytest.param(name, marks=pytest.mark.promotes) if name in MIXED else name for name in CASES]
+QUICK = {"norm-adam", "two-outputs-weighted", "sequence-masked"}
+
+
+def marks(name: str) -> list[Any]:
+    return [pytest.mark.promotes] * (name in MIXED) + [pytest.mark.slow] * (name not in QUICK)
+
+
+NAMES = [pytest.param(name, marks=marks(name)) for name in CASES]
+THROUGH = ["supervised", pytest.param("from_keras", marks=pytest.mark.slow)]
 
 
 def batches(case: Case) -> list[research.Batch]:
@@ -64,7 +72,7 @@ def learner(case: Case, through: str) -> tuple[research.Learner, keras.Model, ke
     return research.supervised(model, example=example, **compiled), model, compiled["optimizer"]
 
 
-@pytest.mark.parametrize("through", ["supervised", "from_keras"])
+@pytest.mark.parametrize("through", THROUGH)
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_and_logs_equal_keras_bit_for_bit(name: str, through: str) -> None:
     case = CASES[name]
@@ -81,7 +89,7 @@ def test_weights_and_logs_equal_keras_bit_for_bit(name: str, through: str) -> No
         np.testing.assert_array_equal(variable.value, wanted.value, err_msg=variable.path)
 
 
-@pytest.mark.parametrize("through", ["supervised", "from_keras"])
+@pytest.mark.parametrize("through", THROUGH)
 @pytest.mark.parametrize("name", NAMES)
 def test_evaluation_equals_keras_test_on_batch_bit_for_bit(name: str, through: str) -> None:
     case = CASES[name]
@@ -98,6 +106,7 @@ def test_evaluation_equals_keras_test_on_batch_bit_for_bit(name: str, through: s
     )
 
 
+@pytest.mark.slow
 @pytest.mark.promotes
 @pytest.mark.parametrize(
     "transformation",

@@ -113,20 +113,28 @@ def test_nothing_is_read_off_the_device_between_due_logs(resident: int, monkeypa
 
 def test_logs_arrive_after_the_next_step_was_dispatched() -> None:
     order: list[Any] = []
-    made = learner()
+    held = data()
+    assert held.resident is not None
+    rows = held.resident.rows
 
-    def train(state: Any, batch: Any) -> Any:
-        return made.train(state, batch)
+    def noticed(step: int) -> Any:  # a step's rows are asked for when it is dispatched
+        order.append(("step", step + 1))
+        return rows(step)
 
-    research.train(
-        made._replace(train=train),
-        data(),
-        steps=4,
-        log_every=2,
-        log=lambda entry: order.append(("log", entry.step)),
-        hooks=[(1, lambda step, state, logs: order.append(("step", step)))],
-    )
-    assert order == [("step", 1), ("log", 1), ("step", 2), ("log", 2), ("step", 3), ("step", 4), ("log", 4)]
+    held = held._replace(resident=held.resident._replace(rows=noticed))
+    hook = (1, lambda step, state, logs: order.append(("hook", step)))
+    research.train(learner(), held, steps=3, log_every=1, log=lambda entry: order.append(("log", entry.step)), hooks=[hook])
+    assert order[1:] == [  # the first is asked for once more, to see whether it fits
+        ("step", 1),
+        ("hook", 1),
+        ("step", 2),
+        ("log", 1),
+        ("hook", 2),
+        ("step", 3),
+        ("log", 2),
+        ("hook", 3),
+        ("log", 3),
+    ]
 
 
 def test_logs_hold_the_running_metrics_of_the_epoch_and_evaluations_their_own() -> None:

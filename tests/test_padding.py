@@ -49,7 +49,10 @@ WEIGHTS = RNG.uniform(0.5, 2, 5).astype("float32")
 XENT = keras.losses.SparseCategoricalCrossentropy
 
 
-@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum", "mean_with_sample_weight"])
+@pytest.mark.parametrize(
+    "reduction",
+    ["sum_over_batch_size", *(pytest.param(r, marks=pytest.mark.slow) for r in ("sum", "mean_with_sample_weight"))],
+)
 @pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["plain", "weighted"])
 @pytest.mark.parametrize(
     ("model", "compiled", "batch"),

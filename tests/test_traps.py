@@ -196,6 +196,9 @@ def test_the_loss_scale_is_read_from_the_threaded_state() -> None:
     finite, _ = step(state, batch())
     assert (leaves(finite.trainable)[0] != leaves(state.trainable)[0]).any()
     slots = list(state.optimizer)
+    slots[position] = jnp.asarray(8.0, jnp.float32)
+    rescaled, _ = step(state._replace(optimizer=slots), batch())
+    np.testing.assert_array_equal(rescaled.trainable[0], finite.trainable[0])
     slots[position] = jnp.asarray(1e38, jnp.float32) * 3  # overflows on the way back
     overflown, _ = step(state._replace(optimizer=slots), batch()._replace(y=batch().y * 1e3))
     np.testing.assert_array_equal(overflown.trainable[0], state.trainable[0])
