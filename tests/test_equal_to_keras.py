@@ -159,3 +159,61 @@ def test_optax_equals_a_hand_written_step_over_keras_own_loss(name: str, transfo
     jax.tree.map(np.testing.assert_array_equal, (state.trainable, state.non_trainable), (trainable, rest))
     jax.tree.map(np.testing.assert_array_equal, state.optimizer["transform"], slots)
     assert int(state.optimizer["iterations"]) == STEPS
+
+
+class Custom(keras.Model):
+    """A step of one's own, in Keras' JAX signature, with a metric of one's own: as Keras' guide writes it, but right."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = keras.layers.Dense(1)
+        self.drop = keras.layers.Dropout(0.5)
+        self.error = keras.metrics.MeanAbsoluteError(name="error")
+
+    def build(self, shape: Any) -> None:
+        self.head.build(shape)
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        return self.head(self.drop(x, training=training))
+
+    @property
+    def metrics(self) -> list[keras.Metric]:
+        return [self.error]
+
+    def penalised(self, trainable: Any, rest: Any, x: Any, y: Any, training: bool) -> Any:
+        outputs, rest = self.stateless_call(trainable, rest, x, training=training)
+        return keras.ops.mean((outputs - y) ** 4), (outputs, rest)
+
+    def train_step(self, state: Any, data: Any) -> Any:
+        (trainable, rest, slots, metrics), (x, y, _) = state, data
+        (_, (outputs, rest)), grads = jax.value_and_grad(self.penalised, has_aux=True)(trainable, rest, x, y, True)
+        trainable, slots = self.optimizer.stateless_apply(slots, grads, trainable)
+        metrics = self.error.stateless_update_state(metrics, y, outputs)
+        return {"error": self.error.stateless_result(metrics)}, (trainable, rest, slots, metrics)
+
+    def test_step(self, state: Any, data: Any) -> Any:
+        (trainable, rest, metrics), (x, y, _) = state, data
+        _, (outputs, rest) = self.penalised(trainable, rest, x, y, False)
+        metrics = self.error.stateless_update_state(metrics, y, outputs)
+        return {"error": self.error.stateless_result(metrics)}, (trainable, rest, metrics)
+
+
+def test_a_train_step_of_ones_own_runs_in_our_loop_as_in_keras_fit() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(20, 4)).astype("float32"), rng.normal(size=(20, 1)).astype("float32")
+
+    def model() -> keras.Model:
+        keras.utils.set_random_seed(1)
+        made = Custom()
+        made.build((None, 4))
+        made.compile(optimizer=keras.optimizers.Adam(1e-2))
+        return made
+
+    fitted, mine = model(), model()
+    history = fitted.fit(x, y, batch_size=8, epochs=3, shuffle=False, verbose=0, validation_data=(x, y)).history
+    data = research.arrays(x, y, batch_size=8, shuffle=False)
+    state, logs = research.train(research.from_keras(mine), data, epochs=3, evaluations={"val": data})
+    research.write_back(state, mine, mine.optimizer)
+    for variable, wanted in zip(mine.variables, fitted.variables, strict=True):
+        np.testing.assert_array_equal(variable.value, wanted.value)
+    assert logs == {name: values[-1] for name, values in history.items()}
