@@ -199,8 +199,8 @@ def from_keras(model: keras.Model, example: Batch | None = None) -> Learner:
     """A compiled Keras model's own `train_step`, `test_step` and `predict_step`, verbatim, as a learner.
 
     A subclass' own steps, with Keras' JAX signature `train_step(self, state, data)`, run unchanged. The metrics are
-    `model.metrics`, those of `compile` as one entry. A `Batch` reaches the steps as `(x, y, sample_weight)`, anything else as
-    it is. `example` is needed where the model was not built yet or targets can't be told from the outputs, as in `supervised`.
+    `model.metrics`, those of `compile` as one entry. A `Batch` reaches the steps as under `fit`: `(x, y)` or `(x, y,
+    sample_weight)`; anything else as it is. `example` is needed where the model was not built yet or targets can't be told from the outputs, as in `supervised`.
 
     >>> import research
     >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
@@ -265,7 +265,7 @@ def _data(batch: Any) -> Any:
         return batch
     if batch.valid is not None:
         raise Refused("from_keras: Keras' own steps can't leave padding out (Batch.valid): hand them batches without padding.")
-    return (batch.x, batch.y, batch.sample_weight)
+    return keras.utils.pack_x_y_sample_weight(batch.x, batch.y, batch.sample_weight)
 
 
 def _measured(model: keras.Model, example: Batch | None) -> None:

@@ -185,14 +185,14 @@ class Custom(keras.Model):
         return keras.ops.mean((outputs - y) ** 4), (outputs, rest)
 
     def train_step(self, state: Any, data: Any) -> Any:
-        (trainable, rest, slots, metrics), (x, y, _) = state, data
+        (trainable, rest, slots, metrics), (x, y) = state, data
         (_, (outputs, rest)), grads = jax.value_and_grad(self.penalised, has_aux=True)(trainable, rest, x, y, True)
         trainable, slots = self.optimizer.stateless_apply(slots, grads, trainable)
         metrics = self.error.stateless_update_state(metrics, y, outputs)
         return {"error": self.error.stateless_result(metrics)}, (trainable, rest, slots, metrics)
 
     def test_step(self, state: Any, data: Any) -> Any:
-        (trainable, rest, metrics), (x, y, _) = state, data
+        (trainable, rest, metrics), (x, y) = state, data
         _, (outputs, rest) = self.penalised(trainable, rest, x, y, False)
         metrics = self.error.stateless_update_state(metrics, y, outputs)
         return {"error": self.error.stateless_result(metrics)}, (trainable, rest, metrics)
