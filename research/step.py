@@ -199,8 +199,9 @@ def from_keras(model: keras.Model, example: Batch | None = None) -> Learner:
     """A compiled Keras model's own `train_step`, `test_step` and `predict_step`, verbatim, as a learner.
 
     A subclass' own steps, with Keras' JAX signature `train_step(self, state, data)`, run unchanged. The metrics are
-    `model.metrics`, those of `compile` as one entry. A `Batch` reaches the steps as under `fit`: `(x, y)` or `(x, y,
-    sample_weight)`; anything else as it is. `example` is needed where the model was not built yet or targets can't be told from the outputs, as in `supervised`.
+    `model.metrics`, those of `compile` as one entry. A `Batch` reaches the steps as under `fit`: `(x, y)` or
+    `(x, y, sample_weight)`; anything else as it is. `example` is needed where the model was not built yet or targets can't be
+    told from the outputs, as in `supervised`.
 
     >>> import research
     >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
