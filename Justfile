@@ -14,6 +14,18 @@ default: _core
 run *args: _core
     @exec "{{ bin }}/python" "{{ root }}/scripts/run.py" "$@"
 
+# Go on with a run that was stopped: `just resume RUN`, a run directory or an experiment's name for its latest.
+[no-cd]
+[no-exit-message]
+resume *args: _core
+    @exec "{{ bin }}/python" "{{ root }}/scripts/resume.py" "$@"
+
+# Write a run's networks as plain Keras files: `just export RUN`.
+[no-cd]
+[no-exit-message]
+export *args: _core
+    @exec "{{ bin }}/python" "{{ root }}/scripts/export.py" "$@"
+
 # Everything that CI checks: format, lint, types, tests and doctests.
 [no-exit-message]
 test *args: _dev

@@ -80,6 +80,7 @@ def network(config: Config) -> keras.Model:
     return Subclassed(stack)
 
 
+@keras.saving.register_keras_serializable("digits")
 class Subclassed(keras.Model):
     """The same layers, called one after the other by a `call` of our own."""
 
@@ -92,6 +93,15 @@ class Subclassed(keras.Model):
         for layer in self.stack:
             x = layer(x, training=training) if isinstance(layer, keras.layers.Dropout) else layer(x)
         return x
+
+    def get_config(self) -> dict[str, Any]:
+        """What `keras.saving` needs to make it again."""
+        return {"stack": [keras.saving.serialize_keras_object(layer) for layer in self.stack]}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "Subclassed":
+        """A new one from `get_config`'s result."""
+        return cls([keras.saving.deserialize_keras_object(layer, custom_objects) for layer in config["stack"]])
 
 
 def build(config: Config) -> research.Learner:
@@ -162,6 +172,14 @@ def _downloaded(name: str) -> Any:
             f"--data {name}: neither in Keras' cache nor to be downloaded; put {files}, set KERAS_HOME to a folder whose "
             "datasets/ has it, or use --data sklearn, which needs no download."
         ) from error
+
+
+def models(config: Config, state: research.State) -> dict[str, keras.Model]:
+    """The network with the weights that a state holds."""
+    model = network(config)
+    model(np.zeros(data(config)["train"].shapes.x.shape, np.uint8))
+    research.write_back(state, model)
+    return {"model": model}
 
 
 def pictures(config: Config, learner: research.Learner, state: research.State, splits: dict[str, Batches]) -> dict[str, "Figure"]:

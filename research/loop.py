@@ -28,6 +28,14 @@ class Entry(NamedTuple):
     values: dict[str, float]
 
 
+class Stopped(Exception):
+    """Somebody asked to stop: what to go on from."""
+
+    def __init__(self, step: int = 0, state: Any = None, logs: dict[str, Any] | None = None) -> None:
+        super().__init__(f"stopped after step {step}")
+        self.step, self.state, self.logs = step, state, logs
+
+
 def train(
     learner: Learner,
     data: Batches,
@@ -40,16 +48,20 @@ def train(
     log: Callable[[Entry], None] | None = None,
     evaluations: Mapping[str, Batches] | None = None,
     hooks: Sequence[tuple[int, Hook]] = (),
+    logs: dict[str, Any] | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Any, dict[str, float]]:
     """Folds the learner's step over `steps` batches, or over `epochs`. Returns the state and the last values of every split.
 
     Metrics are reset at the start of each epoch; at its end, every data set of `evaluations` is evaluated. `log` receives an
     `Entry` after the first step, every `log_every` steps and at the end of an epoch, always once the following step was
-    dispatched: the device never waits for it. A hook `(every, hook)` is called after each `every`-th step, before the next is
-    dispatched; what it returns (if not None) is the state from there on; the state it sees is gone once training goes on.
+    dispatched: the device never waits for it. A hook `(every, hook)` is called after each `every`-th step and the last, before
+    the next is dispatched; what it returns (if not None) is the state from there on; the state it sees is gone once training goes on.
 
-    `state` goes on from somewhere else (by default `learner.init()`), `start` is the number of steps it has behind it. It is
-    donated: use the one that is returned. Raises `Refused` where a batch does not fit the learner, before anything is run.
+    `state` goes on from somewhere else (by default `learner.init()`), `start` is the number of steps it has behind it; `logs`,
+    where given, are those of step `start`, and what is due there is logged and evaluated again. The state is donated: use the
+    one that is returned. `stop` is asked between dispatches; where it says so, `Stopped` is raised with the state and the logs
+    to go on from. Raises `Refused` where a batch does not fit the learner, before anything is run.
 
     >>> import jax.numpy as jnp, keras, numpy as np, research
     >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
@@ -62,7 +74,7 @@ def train(
     total = _total(steps, epochs, data)
     state = learner.init() if state is None else state
     run = trainer(learner, data, state)
-    evaluators = {split: evaluator(learner, held, state) for split, held in (evaluations or {}).items()}
+    evaluators = {split: evaluator(learner, held, state, stop) for split, held in (evaluations or {}).items()}
     reset = sparing(learner.reset, state)
     last: dict[str, float] = {}
     pending: list[tuple[int, int, str, PyTree]] = []
@@ -75,29 +87,43 @@ def train(
                 log(Entry(step, epoch, split, values))
         pending.clear()
 
-    for step in range(start, total):
-        epoch, position = divmod(step, data.steps_per_epoch)
-        if position == 0:
-            state = reset(state)
-        state, logs = run(state, step)
-        read()  # the logs of an earlier step, now that this one is on its way
-        done = step + 1
-        ends = position + 1 == data.steps_per_epoch or done == total
-        first = done == start + 1 and log is not None
+    def note(done: int, state: Any, logs: PyTree) -> None:
+        """Puts down what is due after so many steps, to be read later."""
+        epoch = (done - 1) // data.steps_per_epoch
+        ends = done % data.steps_per_epoch == 0 or done == total
+        first = done == 1 and log is not None
         if ends or first or (log_every is not None and done % log_every == 0):
             pending.append((done, epoch, "train", logs))
-        for every, hook in hooks:
-            if done % every == 0:
-                changed = hook(done, state, logs)
-                state = state if changed is None else changed
         if ends:
-            pending += [(done, epoch, split, evaluate(state)) for split, evaluate in evaluators.items()]
+            pending.extend((done, epoch, split, evaluate(state)) for split, evaluate in evaluators.items())
+
+    done = start
+    try:
+        if logs is not None and start:
+            note(start, state, logs)
+        for step in range(start, total):
+            if step % data.steps_per_epoch == 0:
+                state = reset(state)
+            state, logs = run(state, step)
+            read()  # the logs of an earlier step, now that this one is on its way
+            done = step + 1
+            for every, hook in hooks:
+                if done % every == 0 or done == total:
+                    changed = hook(done, state, logs)
+                    state = state if changed is None else changed
+            note(done, state, logs)
+            if stop() and done < total:
+                raise Stopped
+    except Stopped:
+        raise Stopped(done, state, logs) from None
     read()
     return state, last
 
 
-def evaluate(learner: Learner, data: Batches, state: Any) -> dict[str, float]:
+def evaluate(learner: Learner, data: Batches, state: Any, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
     """The logs of one pass over `data`, from empty metrics. The state is neither changed nor donated.
+
+    `stop` is asked between batches; where it says so, `Stopped` is raised.
 
     >>> import keras, numpy as np, research
     >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, kernel_initializer="zeros")])
@@ -105,7 +131,7 @@ def evaluate(learner: Learner, data: Batches, state: Any) -> dict[str, float]:
     >>> evaluate(learner, research.arrays(np.ones((5, 1)), np.full((5, 1), 3.0), batch_size=2), learner.init())
     {'loss': 9.0, 'mae': 3.0}
     """
-    return _numbers(evaluator(learner, data, state)(state))
+    return _numbers(evaluator(learner, data, state, stop)(state))
 
 
 def predict(learner: Learner, data: Batches, state: Any) -> PyTree:
@@ -160,10 +186,13 @@ def trainer(learner: Learner, data: Batches, state: Any) -> Callable[[Any, int],
     return run
 
 
-def evaluator(learner: Learner, data: Batches, state: Any) -> Callable[[Any], dict[str, Any]]:
+def evaluator(
+    learner: Learner, data: Batches, state: Any, stop: Callable[[], bool] = lambda: False
+) -> Callable[[Any], dict[str, Any]]:
     """A pass over `data` with the learner's `evaluate`, compiled: state -> logs on the device.
 
-    Neither changes nor donates the state. Raises `Refused` where a batch does not fit the learner.
+    Neither changes nor donates the state. Raises `Refused` where a batch does not fit the learner, and `Stopped` where `stop`,
+    asked between batches, says so.
 
     >>> import keras, numpy as np, research
     >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, kernel_initializer="zeros")])
@@ -197,6 +226,8 @@ def evaluator(learner: Learner, data: Batches, state: Any) -> Callable[[Any], di
             if size(batch) not in programs:  # a shorter last batch
                 programs[size(batch)] = program(batch)
             state, logs = programs[size(batch)](state, source, batch)
+            if stop() and step + 1 < data.steps_per_epoch:
+                raise Stopped
         return logs
 
     return run

@@ -1,6 +1,7 @@
 """The run directory: what was run, with what, what came of it, and pages and pictures to look at."""
 
 import base64
+import fcntl
 import html
 import json
 import math
@@ -9,7 +10,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,6 +33,11 @@ class Run(NamedTuple):
     directory: Path
     experiment: str
     config: dict[str, Any]
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the run's checkpoints are."""
+        return self.directory / "checkpoints"
 
 
 def open_run(directory: Path, experiment: str, config: Mapping[str, Any]) -> tuple[Run, dict[str, Any] | None]:
@@ -68,35 +75,60 @@ def open_run(directory: Path, experiment: str, config: Mapping[str, Any]) -> tup
     return run, summary if summary.get("status") == "finished" else None
 
 
-def begin(run: Run) -> None:
-    """Makes the directory and writes what is known before training: `config.json`, `versions.json`, the source's own changes.
+@contextmanager
+def begun(run: Run, options: Mapping[str, Any], step: int = 0) -> Iterator[None]:
+    """Holds the directory for one process, and writes what is known before training goes on from `step`.
 
-    Raises `Refused` where it can't be written.
+    That is `config.json` (with `options`, what does not change the numbers), `versions.json` and the source's own changes;
+    `metrics.jsonl` is cut back to what was known before that step's logs. Raises `Refused` where the directory can't be written
+    or another process is at it.
     """
+    where = f"--run-dir {run.directory}"
     try:
         run.directory.mkdir(parents=True, exist_ok=True)
-        _write(run.directory / "config.json", _json({"experiment": run.experiment, "config": run.config}))
+        lock = (run.directory / ".lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
+        _write(run.directory / "config.json", _json({"experiment": run.experiment, "config": run.config, "options": options}))
+    except BlockingIOError as error:
+        raise Refused(f"{where}: another process is running in it; wait for it, or choose another.") from error
     except OSError as error:
-        raise Refused(
-            f"--run-dir {run.directory}: it can't be written ({error.strerror}); choose a directory of yours."
-        ) from error
+        raise Refused(f"{where}: it can't be written ({error.strerror}); choose a directory of yours.") from error
     _write(run.directory / "versions.json", _json(versions()))
     difference = _git("diff", "HEAD")
     if difference:
         _write(run.directory / "source.diff", difference)
-    _write(run.directory / "metrics.jsonl", "")
+    kept = [entry for entry in entries(run) if entry.step < step]
+    _write(run.directory / "metrics.jsonl", "".join(_line(entry) for entry in kept))
+    with lock:
+        yield
+
+
+def find(run: str, root: Path) -> Path:
+    """The directory of a run: itself, or the latest of an experiment's name under `root`. Raises `Refused` where there is none.
+
+    >>> find("nothing", Path("there/is/none"))
+    Traceback (most recent call last):
+    research.state.Refused: no run 'nothing': expected a run directory, or an experiment that has runs in there/is/none.
+    """
+    if (Path(run) / "config.json").is_file():
+        return Path(run)
+    found = sorted(path.parent for path in (root / run).glob("*/config.json"))
+    if not found:
+        raise Refused(f"no run {run!r}: expected a run directory, or an experiment that has runs in {root}.")
+    return found[-1]
 
 
 def append(run: Run, entry: Entry) -> None:
     """Adds a log to `metrics.jsonl`: one line of strict JSON, what is not finite as null."""
     with (run.directory / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(_strict(entry._asdict())) + "\n")
+        file.write(_line(entry))
 
 
 def entries(run: Run) -> list[Entry]:
-    """What `metrics.jsonl` holds; null is read as NaN."""
-    lines = (run.directory / "metrics.jsonl").read_text().splitlines()
-    found = [Entry(**json.loads(line)) for line in lines]
+    """What `metrics.jsonl` holds; null is read as NaN. A last line that was cut off in writing does not count."""
+    path = run.directory / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    found = [Entry(**json.loads(line)) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     return [e._replace(values={k: math.nan if v is None else v for k, v in e.values.items()}) for e in found]
 
 
@@ -206,6 +238,10 @@ def latest(experiment: str, root: Path) -> Path:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     candidates = [root / experiment / (stamp if i == 0 else f"{stamp}-{i}") for i in range(100)]
     return next(path for path in candidates if not path.exists())
+
+
+def _line(entry: Entry) -> str:
+    return json.dumps(_strict(entry._asdict())) + "\n"
 
 
 def _strict(value: Any) -> Any:

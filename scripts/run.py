@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import importlib
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -26,6 +27,8 @@ class Options:
     """Where the run is kept; by default a new directory under runs/NAME/."""
     log_every: int = 50
     """Steps between two logs within an epoch."""
+    checkpoint_every: int = 1000
+    """Steps between two checkpoints; 0 for one at the end alone."""
 
 
 def experiments() -> dict[str, str]:
@@ -87,8 +90,8 @@ def arguments_of(config: type) -> type:
 
 
 def run(name: str, module: Any, config: Any, options: Options) -> int:
-    """Trains an experiment into its run directory, and draws and reports what came of it."""
-    from research import Refused, record
+    """Trains an experiment into its run directory, from where it stopped, and draws and reports what came of it."""
+    from research import Refused, checkpoint, loop, record, signals
 
     compilation_cache()
     directory = options.run_dir or record.latest(name, Path("runs"))
@@ -99,42 +102,58 @@ def run(name: str, module: Any, config: Any, options: Options) -> int:
     splits = module.data(config)
     splits["train"].batch(0)  # what is wrong with the data is said before anything is written
     learner = module.build(config)
-    record.begin(run)
-    summary = {"status": "failed", "steps": 0, "epochs": 0, "metrics": {}, "resumed_from": None}
-    try:
-        state = train(run, learner, splits, config, options, summary)
-        drawn = module.pictures(config, learner, state, splits) if hasattr(module, "pictures") else {}
-        record.draw(run, drawn)
-        summary["status"] = "finished"
-    except KeyboardInterrupt:
-        summary["status"] = "stopped"
-        return refuse(f"stopped at step {summary['steps']}; the same command with --run-dir {directory} starts it again.", 75)
-    except Refused:
-        raise
-    except Exception as error:
-        (directory / "error.txt").write_text(traceback.format_exc())
-        return refuse(f"{type(error).__name__}: {error}; the traceback is in {directory / 'error.txt'}", 1)
-    finally:
-        record.draw(run, {"curves": record.curves(record.entries(run))})
+    at = checkpoint.Checkpoint(0, learner.init(), None)
+    newest = checkpoint.newest(run.checkpoints, lambda line: print(line, file=sys.stderr))
+    if newest is not None:
+        at = checkpoint.restore(newest, at.state, learner.names)
+    summary = {"status": "failed", "steps": at.step, "epochs": 0, "metrics": {}, "resumed_from": at.step or None}
+    kept = {"log_every": options.log_every, "checkpoint_every": options.checkpoint_every}
+
+    def stopped(number: int) -> int:
+        summary["status"] = "stopped" if number == signal.SIGINT else "preempted"
         record.summarise(run, summary)
+        told = f"stopped by {signal.Signals(number).name} after step {summary['steps']}; to go on: just resume {directory}"
+        print(told, file=sys.stderr, flush=True)
+        return signals.RESUMABLE
+
+    with record.begun(run, kept, at.step), signals.stopping(stopped) as asked:
+        try:
+            state = train(run, learner, splits, config, options, at, summary, asked)
+            drawn = module.pictures(config, learner, state, splits) if hasattr(module, "pictures") else {}
+            record.draw(run, {**drawn, "curves": record.curves(record.entries(run))})
+            export(directory, module, config, state)
+        except loop.Stopped as stop:
+            summary["steps"] = stop.step or summary["steps"]
+            return stopped(asked.signal)
+        except Exception as error:
+            record.summarise(run, summary)
+            if isinstance(error, Refused):
+                raise
+            (directory / "error.txt").write_text(traceback.format_exc())
+            return refuse(f"{type(error).__name__}: {error}; the traceback is in {directory / 'error.txt'}", 1)
+        record.summarise(run, {**summary, "status": "finished"})
         page = record.report(run)
     values = [f"{name} {value:.4f}" for name, value in summary["metrics"].items() if name.endswith("accuracy")]
     print(f"{'  '.join(values)}\n{page}")
     return 0
 
 
-def train(run: Any, learner: Any, splits: Any, config: Any, options: Options, summary: dict[str, Any]) -> Any:
-    """Trains to the end, keeping `summary` true at every log."""
-    from research import console, loop, record, state
+def train(
+    run: Any, learner: Any, splits: Any, config: Any, options: Options, at: Any, summary: dict[str, Any], asked: Any
+) -> Any:
+    """Trains from a checkpoint to the end, keeping `summary` true at every log and a checkpoint of what was done."""
+    from research import checkpoint, console, loop, record, state
 
     data = splits["train"]
     total = config.epochs * data.steps_per_epoch
     total = total if config.steps is None else min(config.steps, total)
-    initial = learner.init()
-    summary["parameters"] = state.parameters(initial)
+    summary["parameters"] = state.parameters(at.state)
     first: list[tuple[int, float]] = []
 
-    with console.watching(total, data.steps_per_epoch) as (show, progress):
+    with (
+        console.watching(total, data.steps_per_epoch, at.step) as (show, progress),
+        checkpoint.saving(run.checkpoints, learner.names) as save,
+    ):
 
         def log(entry: loop.Entry) -> None:
             first.append((entry.step, time.time()))
@@ -147,23 +166,37 @@ def train(run: Any, learner: Any, splits: Any, config: Any, options: Options, su
             record.append(run, entry)
             show(entry)
 
-        trained, _ = loop.train(
-            learner,
-            data,
-            steps=total,
-            state=initial,
-            log_every=options.log_every,
-            log=log,
-            evaluations={"val": splits["val"]} if "val" in splits else {},
-            hooks=[progress],
-        )
-        if "test" in splits:
-            log(
-                loop.Entry(
-                    total, max(0, total - 1) // data.steps_per_epoch, "test", loop.evaluate(learner, splits["test"], trained)
-                )
+        try:
+            trained, _ = loop.train(
+                learner,
+                data,
+                steps=total,
+                start=at.step,
+                state=at.state,
+                logs=at.logs,
+                log_every=options.log_every,
+                log=log,
+                evaluations={"val": splits["val"]} if "val" in splits else {},
+                hooks=[progress, (options.checkpoint_every or total + 1, save)],
+                stop=asked,
             )
+        except loop.Stopped as stop:
+            save(stop.step, stop.state, stop.logs)
+            raise
+        if "test" in splits:
+            values = loop.evaluate(learner, splits["test"], trained, asked)
+            log(loop.Entry(total, max(0, total - 1) // data.steps_per_epoch, "test", values))
     return trained
+
+
+def export(directory: Path, module: Any, config: Any, state: Any) -> list[Path]:
+    """Writes the trained networks as plain Keras files: `NAME.keras` and `NAME.weights.h5`."""
+    written = []
+    for name, model in module.models(config, state).items() if hasattr(module, "models") else ():
+        written += [directory / f"{name}.keras", directory / f"{name}.weights.h5"]
+        model.save(written[-2])
+        model.save_weights(written[-1])
+    return written
 
 
 def compilation_cache() -> None:
@@ -183,5 +216,13 @@ def refuse(message: str, code: int) -> int:
     return code
 
 
+def let_go(number: int, _: Any) -> None:
+    """Ends a process that has not begun anything yet."""
+    print(f"stopped by {signal.Signals(number).name} before anything was begun; run the same command again", file=sys.stderr)
+    os._exit(75)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, let_go)
+    signal.signal(signal.SIGINT, let_go)
     sys.exit(main(sys.argv[1:]))

@@ -213,7 +213,7 @@ def test_a_hook_may_change_the_state_and_is_called_when_due() -> None:
 
     optimizer = keras.optimizers.SGD(0.0)
     state, _ = research.train(learner(optimizer=optimizer), data(), steps=7, hooks=[(3, stop)])
-    assert seen == [3, 6]
+    assert seen == [3, 6, 7]
     assert all(not w.any() for w in state.trainable)
 
 
