@@ -56,7 +56,7 @@ def train(
     Metrics are reset at the start of each epoch; at its end, every data set of `evaluations` is evaluated. `log` receives an
     `Entry` after the first step, every `log_every` steps and at the end of an epoch, always once the following step was
     dispatched: the device never waits for it. A hook `(every, hook)` is called after each `every`-th step and the last, before
-    the next is dispatched; what it returns (if not None) is the state from there on; the state it sees is gone once training goes on.
+    the next is dispatched; what it returns (if not None) is the state from there on; the state it sees is gone after that.
 
     `state` goes on from somewhere else (by default `learner.init()`), `start` is the number of steps it has behind it; `logs`,
     where given, are those of step `start`, and what is due there is logged and evaluated again. The state is donated: use the
