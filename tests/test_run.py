@@ -189,7 +189,8 @@ def test_what_is_not_finite_is_null_in_the_logs(tmp_path: Path) -> None:
     from research.loop import Entry
 
     run, _ = record.open_run(tmp_path / "run", "digits", {})
-    record.begin(run)
+    (tmp_path / "run").mkdir()
+    record.begin(run, {})
     record.append(run, Entry(1, 0, "train", {"loss": math.nan, "accuracy": math.inf}))
     assert strict((tmp_path / "run" / "metrics.jsonl").read_text())["values"] == {"loss": None, "accuracy": None}
     assert math.isnan(record.entries(run)[0].values["loss"])
