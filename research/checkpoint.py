@@ -59,18 +59,16 @@ def save(directory: Path, step: int, state: PyTree, names: PyTree, logs: PyTree 
             "files": {str(path.relative_to(written)): _fingerprint(path) for path in _files(written)},
         }
         (written / MANIFEST).write_text(json.dumps(manifest))
-    except Exception as error:
+        if directory.exists():
+            shutil.rmtree(final, ignore_errors=True)  # a damaged one
+            written.rename(final)
+        else:
+            partial.rename(directory)  # so that the directory is never there without a checkpoint
+    except Exception as error:  # TensorStore wraps what the system says into errors of its own
+        told = " ".join(str(error).split())[:300]
+        raise OSError(f"checkpoint of step {step} can't be written to {directory}: {told}") from error
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        # TensorStore wraps what the system says into errors of its own.
-        raise OSError(
-            f"checkpoint of step {step} can't be written to {directory}: {' '.join(str(error).split())[:300]}"
-        ) from error
-    if directory.exists():
-        shutil.rmtree(final, ignore_errors=True)
-        written.rename(final)
-        shutil.rmtree(partial, ignore_errors=True)
-    else:
-        partial.rename(directory)  # so that the directory is never there without a checkpoint
     for old in steps(directory)[:-keep]:
         shutil.rmtree(directory / f"{old:09d}", ignore_errors=True)
     return final
@@ -186,8 +184,10 @@ def saving(directory: Path, names: PyTree, keep: int = 2) -> Iterator[Hook]:
             finish()
             pending.append(pool.submit(save, directory, step, copied(state), names, logs, keep))
 
-        yield hook
-        finish()
+        try:
+            yield hook
+        finally:
+            finish()
 
 
 def _yielding() -> None:

@@ -165,8 +165,7 @@ def without_padding(of: Compiled) -> Callable[[Held, Held, Batch, PyTree], Held]
         for kind in ("metrics", "weighted_metrics"):
             if not of.given[kind]:
                 continue
-            with keras.StatelessScope():  # a head made here must not count as part of an outer scope's trace
-                model = head(kind, batch, outputs)
+            model = head(kind, batch, outputs)
             mine = [next(names) for _ in model.metrics[1].metrics]
             held = in_order(before, mine)
             with keras.StatelessScope(mapped([(model.metrics[1].variables, held)])) as scope:

@@ -235,10 +235,10 @@ def report(run: Run) -> Path:
     return path
 
 
-def latest(experiment: str, root: Path) -> Path:
+def new_directory(experiment: str, root: Path) -> Path:
     """A directory name for a new run: the time, and a number where that is taken.
 
-    >>> latest("digits", Path("runs")).parent.as_posix()
+    >>> new_directory("digits", Path("runs")).parent.as_posix()
     'runs/digits'
     """
     stamp = time.strftime("%Y%m%d-%H%M%S")

@@ -94,7 +94,7 @@ def run(name: str, module: Any, config: Any, options: Options) -> int:
     from research import checkpoint, record
 
     compilation_cache()
-    directory = options.run_dir or record.latest(name, Path("runs"))
+    directory = options.run_dir or record.new_directory(name, Path("runs"))
     run, finished = record.open_run(directory, name, dataclasses.asdict(config))
     if finished is not None:
         print(f"{directory}: this run is finished; open {directory / 'report.html'}")

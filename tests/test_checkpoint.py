@@ -90,6 +90,19 @@ def test_the_newest_are_kept_and_nothing_partial_stays(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
+def test_a_save_that_fails_is_told_though_training_was_stopped(tmp_path: Path) -> None:
+    made = learner()
+    (tmp_path / "checkpoints").write_text("a file where the directory should be")
+
+    def stopped() -> None:
+        with checkpoint.saving(tmp_path / "checkpoints", made.names) as save:
+            save(1, made.init(), {})
+            raise Stopped
+
+    with pytest.raises(research.Refused, match="checkpoint of step 1 can't be written"):
+        stopped()
+
+
 def test_a_save_holds_the_state_of_its_step_though_training_went_on(tmp_path: Path) -> None:
     made = learner()
     with checkpoint.saving(tmp_path / "checkpoints", made.names, keep=100) as save:
@@ -142,10 +155,13 @@ def test_a_damaged_newest_checkpoint_is_said_and_passed_over(damage: str, tmp_pa
         checkpoint.newest(directory, said.append)
 
 
-def test_an_emptied_directory_is_refused(tmp_path: Path) -> None:
+def test_a_directory_that_was_emptied_or_can_not_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(research.Refused, match="no whole checkpoint is left"):
         checkpoint.newest(tmp_path / "checkpoints", print)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(research.Refused, match="it can't be read"):
+        checkpoint.newest(tmp_path / "file", print)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +211,7 @@ def test_written_on_eight_devices_it_is_restored_on_fewer_each_reading_its_part(
         np.testing.assert_allclose(there[name], value, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_stopping_after_any_step_and_going_on_gives_the_same_state_and_the_same_logs(tmp_path: Path) -> None:
     def run(at: checkpoint.Checkpoint, made: research.Learner, entries: list[Entry], stop: Any) -> Any:
         return research.train(

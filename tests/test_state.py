@@ -118,6 +118,7 @@ def test_optax_slots_are_named_after_their_weights() -> None:
     assert "0/mu/sequential/dense/kernel" in jax.tree.leaves(names.optimizer)
 
 
+@pytest.mark.slow
 def test_names_do_not_depend_on_what_was_built_before() -> None:
     code = "import sys; sys.path.insert(0, 'tests'); from test_state import build; {}print(build().names)"
     runs = [
