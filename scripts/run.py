@@ -5,6 +5,7 @@ import time
 STARTED = time.time()  # before the slow imports: what a user waits for counts from here
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -135,10 +136,12 @@ def go_on(run: Any, module: Any, learner: Any, splits: Any, config: Any, options
             summary["steps"] = stop.step or summary["steps"]
             return stopped(asked.signal)
         except Exception as error:
-            record.summarise(run, summary)
+            with contextlib.suppress(OSError):  # the disk may be what failed
+                record.summarise(run, summary)
+                if not isinstance(error, Refused):
+                    (directory / "error.txt").write_text(traceback.format_exc())
             if isinstance(error, Refused):
                 raise
-            (directory / "error.txt").write_text(traceback.format_exc())
             return refuse(f"{type(error).__name__}: {error}; the traceback is in {directory / 'error.txt'}", 1)
         record.summarise(run, {**summary, "status": "finished"})
         page = record.report(run)
