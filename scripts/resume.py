@@ -2,8 +2,6 @@
 
 import importlib
 import json
-import signal
-import sys
 from pathlib import Path
 
 import run as runner
@@ -28,6 +26,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, runner.let_go)
-    signal.signal(signal.SIGINT, runner.let_go)
-    sys.exit(main(sys.argv[1:]))
+    runner.as_program(main)

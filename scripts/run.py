@@ -13,8 +13,9 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -228,13 +229,20 @@ def refuse(message: str, code: int) -> int:
     return code
 
 
-def let_go(number: int, _: Any) -> None:
-    """Ends a process that has not begun anything yet."""
-    print(f"stopped by {signal.Signals(number).name} before anything was begun; run the same command again", file=sys.stderr)
-    os._exit(75)
+def as_program(main: Callable[[list[str]], int]) -> NoReturn:
+    """Runs a command line as the process, which a signal can stop before and after the run too."""
+
+    def let_go(number: int, _: Any) -> None:
+        print(f"stopped by {signal.Signals(number).name}; run the same command again", file=sys.stderr, flush=True)
+        os._exit(75)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, let_go)
+    code = main(sys.argv[1:])
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # all is done, and the interpreter takes a while to end
+    sys.exit(code)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, let_go)
-    signal.signal(signal.SIGINT, let_go)
-    sys.exit(main(sys.argv[1:]))
+    as_program(main)

@@ -58,7 +58,7 @@ def differences(one: Path, other: Path) -> list[str]:
 def disturbed(run: list[str], directory: Path, kind: signal.Signals, longest: float, rng: random.Random) -> tuple[bool, str]:
     """A run that gets one signal at a random moment, then goes on undisturbed: whether it was hit in time, and what is wrong."""
     process = start("run.py", *run, "--run-dir", str(directory))
-    time.sleep(rng.uniform(0.05, longest))
+    time.sleep(rng.uniform(0.3, longest))
     hit = process.poll() is None
     process.send_signal(kind)
     said, _ = process.communicate()
