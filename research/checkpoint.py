@@ -1,6 +1,7 @@
 """States on disk: written atomically beside training, checked when read, restored onto whatever devices there are."""
 
 import json
+import mmap
 import os
 import shutil
 import sys
@@ -296,8 +297,8 @@ def _files(directory: Path) -> list[Path]:
 
 def _fingerprint(path: Path) -> list[int]:
     """Size and CRC-32: Orbax restores a flipped bit without a word."""
-    size, checksum = 0, 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            size, checksum = size + len(block), zlib.crc32(block, checksum)
-    return [size, checksum]
+    size = path.stat().st_size
+    if not size:  # nothing can't be mapped
+        return [0, 0]
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return [size, zlib.crc32(content)]
