@@ -70,7 +70,7 @@ def save(directory: Path, step: int, state: PyTree, names: PyTree, logs: PyTree 
         raise OSError(f"checkpoint of step {step} can't be written to {directory}: {told}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    for old in steps(directory)[:-keep]:
+    for old in [found for found in steps(directory) if found <= step][:-keep]:  # a later one may be damaged
         shutil.rmtree(directory / f"{old:09d}", ignore_errors=True)
     return final
 

@@ -1,7 +1,7 @@
 """From an objective to a gradient, to a step, to a learner: a training algorithm as pure functions."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -181,7 +181,7 @@ def supervised(
         if isinstance(optimizer, keras.Optimizer):
             slots: PyTree = slot_names(optimizer, variables)
         else:
-            slots = _transform_names(optimizer, jax.eval_shape(update.init, [v.value for v in variables]), trainable)
+            slots = _transform_names(jax.eval_shape(update.init, [v.value for v in variables]), variables)
         held = {name: [f"{name}/{i}" for i in range(len(v))] for name, v in jax.eval_shape(measures.init).items()}
         return State(trainable, variable_names(model.non_trainable_variables), slots, held)
 
@@ -308,14 +308,15 @@ def _keras_optimizer(optimizer: Any, model: keras.Model) -> keras.Optimizer:
     return optimizer
 
 
-def _transform_names(transformation: optax.GradientTransformation, slots: PyTree, trainable: list[str]) -> PyTree:
-    """Names for an optax state: the path in it, and the trainable variable where a leaf belongs to one."""
-    owners = optax.tree.map_params(
-        transformation, lambda _, name: name, slots["transform"], trainable, transform_non_params=lambda _: ""
-    )
+def _transform_names(slots: PyTree, variables: Sequence[keras.Variable]) -> PyTree:
+    """Names for an optax state: the path in it, with the weight's own name for the position of a leaf that belongs to one."""
+    owners = variable_names(variables)
 
-    def name(path: tuple[Any, ...], owner: str) -> str:
-        where = jax.tree_util.keystr(path[:-1] if owner else path, simple=True, separator="/")
-        return f"{where}/{owner}" if owner else where
+    def name(path: tuple[Any, ...], leaf: Any) -> str:
+        last = path[-1] if path else None
+        position = last.idx if isinstance(last, jax.tree_util.SequenceKey) else len(owners)
+        owned = position < len(owners) and leaf.shape == tuple(variables[position].shape)
+        where = jax.tree_util.keystr(path[:-1] if owned else path, simple=True, separator="/")
+        return f"{where}/{owners[position]}" if owned else where
 
-    return {"iterations": "iterations", "transform": jax.tree_util.tree_map_with_path(name, owners)}
+    return {"iterations": "iterations", "transform": jax.tree_util.tree_map_with_path(name, slots["transform"])}

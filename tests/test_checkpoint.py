@@ -150,7 +150,9 @@ def test_a_damaged_newest_checkpoint_is_said_and_passed_over(damage: str, tmp_pa
     assert checkpoint.newest(directory, said.append) == directory / "000000003"
     (line,) = said
     assert line.startswith(f"checkpoint {directory / '000000006'} is damaged (")
-    DAMAGES[damage](directory / "000000003")
+    checkpoint.save(directory, 4, made.init(), made.names, keep=1)
+    assert checkpoint.newest(directory, said.append) == directory / "000000004"
+    DAMAGES[damage](directory / "000000004")
     with pytest.raises(research.Refused, match=r"no whole checkpoint is left in it \(2 damaged\)"):
         checkpoint.newest(directory, said.append)
 

@@ -114,8 +114,22 @@ def test_names_are_unique_shaped_like_the_state_and_the_same_for_every_copy(name
 
 
 def test_optax_slots_are_named_after_their_weights() -> None:
-    names = build(optimizer=optax.adam(1e-3)).names
-    assert "0/mu/sequential/dense/kernel" in jax.tree.leaves(names.optimizer)
+    labels = ["fast", "slow"] * 3
+    for transformation, expected in [
+        (optax.adam(1e-3), "0/mu/sequential/dense/kernel"),
+        (optax.inject_hyperparams(optax.adam)(learning_rate=1e-3), "inner_state/0/mu/sequential/dense/kernel"),
+        (optax.chain(optax.clip(1.0), optax.masked(optax.trace(0.9), [True] * 6)), "1/inner_state/trace/sequential/dense/kernel"),
+        (
+            optax.multi_transform({"fast": optax.adam(1e-2), "slow": optax.sgd(1e-3)}, labels),
+            "inner_states/fast/inner_state/0/mu/",
+        ),
+        (optax.MultiSteps(optax.adam(1e-3), 2).gradient_transformation(), "acc_grads/sequential/dense/kernel"),
+    ]:
+        learner = build(optimizer=transformation)
+        assert jax.tree.structure(learner.names) == jax.tree.structure(learner.init())
+        found = jax.tree.leaves(learner.names.optimizer)
+        assert any(expected in name for name in found), found
+        assert len(set(found)) == len(found)
 
 
 @pytest.mark.slow
