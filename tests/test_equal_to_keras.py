@@ -89,6 +89,7 @@ def test_weights_and_logs_equal_keras_bit_for_bit(name: str, through: str) -> No
         np.testing.assert_array_equal(variable.value, wanted.value, err_msg=variable.path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("through", THROUGH)
 @pytest.mark.parametrize("name", NAMES)
 def test_evaluation_equals_keras_test_on_batch_bit_for_bit(name: str, through: str) -> None:

@@ -19,6 +19,8 @@ RNG = np.random.default_rng(0)
 X = RNG.normal(size=(40, 4)).astype("float32")
 Y = RNG.integers(0, 3, 40).astype("int32")
 
+PLACES = [pytest.param(1 << 20, id="resident"), pytest.param(0, id="host", marks=pytest.mark.slow)]
+
 
 def learner(**options: Any) -> research.Learner:
     keras.utils.set_random_seed(0)
@@ -39,7 +41,7 @@ def compiled(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[str], int]]
         yield lambda name: sum(f"Finished XLA compilation of jit({name})" in r.getMessage() for r in caplog.records)
 
 
-@pytest.mark.parametrize("resident", [1 << 20, 0], ids=["resident", "host"])
+@pytest.mark.parametrize("resident", PLACES)
 def test_one_program_for_training_and_one_for_evaluation_however_many_epochs(
     resident: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -88,7 +90,7 @@ def test_reading_a_value_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(seen) == 1, read
 
 
-@pytest.mark.parametrize("resident", [1 << 20, 0], ids=["resident", "host"])
+@pytest.mark.parametrize("resident", PLACES)
 def test_nothing_is_read_off_the_device_between_due_logs(resident: int, monkeypatch: pytest.MonkeyPatch) -> None:
     made, held = learner(), data(resident_bytes=resident)
     state = made.init()
@@ -224,6 +226,7 @@ def test_predictions_come_in_the_order_of_the_data() -> None:
     np.testing.assert_allclose(research.predict(made, held, state), made.predict(state, research.Batch(X)), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_eager_equals_compiled() -> None:
     made = learner(optimizer=keras.optimizers.SGD(0.1))
     batch = data().batch(0)

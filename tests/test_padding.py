@@ -53,12 +53,14 @@ XENT = keras.losses.SparseCategoricalCrossentropy
     "reduction",
     ["sum_over_batch_size", *(pytest.param(r, marks=pytest.mark.slow) for r in ("sum", "mean_with_sample_weight"))],
 )
-@pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["plain", "weighted"])
+@pytest.mark.parametrize(
+    "weights", [pytest.param(None, id="plain"), pytest.param(WEIGHTS, id="weighted", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     ("model", "compiled", "batch"),
     [
         (classifier, lambda: {"loss": XENT, "metrics": metrics(), "weighted_metrics": metrics()}, (X, LABELS)),
-        (
+        pytest.param(
             two,
             lambda: {
                 "loss": {"a": keras.losses.MeanSquaredError, "b": XENT},
@@ -66,11 +68,13 @@ XENT = keras.losses.SparseCategoricalCrossentropy
                 "weighted_metrics": {"b": metrics()},
             },
             (X, {"a": X[:, :1], "b": LABELS}),
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             masked,
             lambda: {"loss": keras.losses.MeanAbsoluteError, "metrics": ["mse"]},
             (RNG.integers(0, 9, (5, 5)).astype("int32"), RNG.normal(size=(5, 5, 3)).astype("float32")),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["classifier", "two-outputs", "masked"],

@@ -98,6 +98,7 @@ def test_the_largest_array_of_a_birth_is_a_part() -> None:
     assert memory.temp_size_in_bytes < whole / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_names_are_unique_shaped_like_the_state_and_the_same_for_every_copy(name: str) -> None:
     def names() -> Any:

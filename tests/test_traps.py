@@ -347,12 +347,14 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=kept, check=False)
 
 
+@pytest.mark.slow
 def test_research_chooses_the_jax_backend(tmp_path: Any) -> None:
     asked = "import research, keras; print(keras.backend.backend())"
     found = python(asked, HOME=str(tmp_path), KERAS_BACKEND="tensorflow")
     assert (found.returncode, found.stdout) == (0, "jax\n"), found.stderr
 
 
+@pytest.mark.slow
 def test_another_backend_already_loaded_is_refused_in_one_line(tmp_path: Any) -> None:
     found = python("import keras, research", HOME=str(tmp_path), KERAS_BACKEND="numpy")
     assert found.returncode == 1
