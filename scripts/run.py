@@ -9,13 +9,14 @@ import contextlib
 import dataclasses
 import difflib
 import importlib
+import json
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -31,6 +32,28 @@ class Options:
     """Steps between two logs within an epoch."""
     checkpoint_every: int = 1000
     """Steps between two checkpoints; 0 for one at the end alone."""
+
+
+class Recorded(NamedTuple):
+    """A run that was begun: where it is, and what it is a run of."""
+
+    directory: Path
+    experiment: str
+    module: Any
+    config: Any
+    options: dict[str, Any]
+
+
+def recorded(run: str) -> Recorded:
+    """The run of a directory, or the latest of an experiment's name. Raises `Refused` where there is none to go on with."""
+    from research import Refused, record
+
+    directory = record.find(run, Path("runs"))
+    found = json.loads((directory / "config.json").read_text())
+    if found["experiment"] not in experiments():
+        raise Refused(f"{directory}: it is a run of {found['experiment']!r}, and there is no such experiment here.")
+    module = importlib.import_module(f"experiments.{found['experiment']}")
+    return Recorded(directory, found["experiment"], module, module.Config(**found["config"]), found.get("options", {}))
 
 
 def experiments() -> dict[str, str]:

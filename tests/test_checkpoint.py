@@ -410,3 +410,23 @@ def test_the_manifest_is_strict_json(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path / "checkpoints", 1, made.init(), made.names, {"loss": jnp.inf})
     assert strict((path / "manifest.json").read_text())["logs"] == {"loss": None}
     assert json.loads((path / "manifest.json").read_text())["step"] == 1
+
+
+@pytest.mark.slow
+def test_a_run_is_gone_on_with_by_its_experiments_name_and_a_missing_one_is_refused(tmp_path: Path) -> None:
+    def script(name: str, *arguments: str) -> tuple[int, str]:
+        called = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *arguments]
+        done = subprocess.run(called, capture_output=True, text=True, cwd=tmp_path, check=False)
+        return done.returncode, (done.stdout + done.stderr).splitlines()[-1]
+
+    for name in ("resume", "export"):
+        assert script(name) == (2, f"error: just {name} RUN: one run directory, or an experiment's name for its latest run.")
+        code, said = script(name, "digits")
+        assert (code, said[:24]) == (1, "error: no run 'digits': ")
+    assert command("digits", "--steps", "3", cwd=tmp_path).returncode == 0
+    (run,) = (tmp_path / "runs" / "digits").iterdir()
+    assert script("resume", "digits") == (
+        0,
+        f"runs/digits/{run.name}: this run is finished; open runs/digits/{run.name}/report.html",
+    )
+    assert script("export", "digits")[1].startswith("step 3: ")
