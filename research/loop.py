@@ -169,7 +169,6 @@ def trainer(learner: Learner, data: Batches, state: Any) -> Callable[[Any, int],
     program = jax.jit(train_step, donate_argnums=0)
     if data.resident is not None:
         rows, source = data.resident.rows, jax.device_put(data.resident.source())
-
         _fits(program.trace, data, state, source, rows(0))
         return lambda state, step: program(state, source, rows(step))
     batches = _ahead(data)

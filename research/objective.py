@@ -47,8 +47,8 @@ def keras_objective(
     The loss is Keras' own: compiled losses times `loss_weights`, plus the sum of regularizers and `add_loss`. `example` (a batch
     of arrays or of `jax.ShapeDtypeStruct`s) builds a model that has no shapes yet, and tells the targets' shapes where they
     are neither those of the outputs nor, under a sparse loss, those of the outputs without the last axis. Masks reach losses and
-    metrics. `Batch.valid` masks losses and weights every metric. Raises `Refused` for a model without trainable weights and for
-    losses or metrics that Keras can't resolve.
+    metrics. `Batch.valid` masks losses and weights every compiled metric; one that a layer updates sees padding. Raises
+    `Refused` for a model without trainable weights and for losses or metrics that Keras can't resolve.
 
     >>> import research
     >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, kernel_initializer="ones")])
@@ -82,7 +82,7 @@ def keras_objective(
         # Not `model.stateless_call`: it runs `call` alone, without what `__call__` adds (autocast, casts, masks, the activity
         # regularizer, a default for `training`), and maps no metric that a layer updates.
         with keras.StatelessScope(mapping, collect_losses=True) as scope:
-            outputs = _without_padding(model(batch.x, training=training), batch.valid)
+            outputs = _mask_padding(model(batch.x, training=training), batch.valid)
             terms = [] if loss is None else [of.head.compute_loss(batch.x, batch.y, outputs, batch.sample_weight)]
             total = _sum([*terms, *map(_scalar, model.losses)])
             weight = _denominator(loss, outputs, batch)
@@ -163,7 +163,7 @@ class _Masking(keras.Layer):
         return jnp.asarray(self.valid).reshape(-1, *[1] * (like.ndim - 1)) & like.astype(bool)
 
 
-def _without_padding(outputs: PyTree, valid: Array | np.ndarray | None) -> PyTree:
+def _mask_padding(outputs: PyTree, valid: Array | np.ndarray | None) -> PyTree:
     def masked(output: Array) -> Array:
         layer = _Masking()
         layer.valid = valid

@@ -1,6 +1,6 @@
 """Kills a run at random moments, again and again, and compares what comes of it with a run left alone.
 
-    torture.py --kills 30 --terms 30 [--data fashion_mnist] [--seed 0] -- digits --epochs 3 ...
+    torture.py --kills 30 --terms 30 --seed 0 -- digits --epochs 60 --checkpoint-every 50
 
 Each round starts a run, sends SIGKILL or SIGTERM after a random time, resumes it, and so on until it finishes; then its last
 checkpoint must equal, bit for bit, that of the undisturbed run, its metrics.jsonl byte for byte, and its summary's metrics. Exits

@@ -1,6 +1,5 @@
 """The command: what it writes, what it refuses, and the numbers that its experiments promise."""
 
-import importlib.util
 import json
 import math
 import os
@@ -150,7 +149,7 @@ def test_without_a_name_every_experiment_is_listed_with_a_line(tmp_path: Path) -
         assert len(line.split()) > 3
 
 
-def test_a_failing_run_says_so_in_one_line_and_in_its_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_run_says_so_in_one_line_and_in_its_summary(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import os\n"
         "if os.environ.get('BREAK'):\n"
@@ -215,4 +214,3 @@ def test_a_terminal_gets_a_bar_and_a_line_for_each_epoch(capsys: pytest.CaptureF
 def test_the_runner_has_no_knowledge_of_single_experiments() -> None:
     source = (ROOT / "scripts" / "run.py").read_text()
     assert not [path.stem for path in (ROOT / "experiments").glob("[!_]*.py") if path.stem in source]
-    assert importlib.util.find_spec("research") is not None
