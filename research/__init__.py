@@ -5,6 +5,7 @@
 ('trainable', 'non_trainable', 'optimizer', 'metrics')
 """
 
+import functools
 import os
 import sys
 
@@ -16,13 +17,24 @@ if "keras" in sys.modules and sys.modules["keras"].backend.backend() != "jax":
     )
 os.environ["KERAS_BACKEND"] = "jax"
 
+import keras
+
+from research import fit as _fit
+from research import loop as _loop
 from research.data import Batches, arrays
-from research.loop import Entry, evaluate, predict, train
+from research.fit import fit, predict_on_batch, test_on_batch, train_on_batch
+from research.loop import Entry, train
 from research.measures import Measures
 from research.objective import Aux, Objective, keras_objective
 from research.state import Batch, Refused, State, abstract, born, parameters, write_back
 from research.step import Gradient, Learner, Step, from_keras, gradient, step, supervised
 from research.update import Gradients, Update, keras_update, optax_update, set_learning_rate
+
+# One name for both: of a learner and its data, and of a Keras model with the arguments of its own methods.
+evaluate = functools.singledispatch(_loop.evaluate)
+evaluate.register(keras.Model, _fit.evaluate)
+predict = functools.singledispatch(_loop.predict)
+predict.register(keras.Model, _fit.predict)
 
 __all__ = [
     "Aux",
@@ -42,6 +54,7 @@ __all__ = [
     "arrays",
     "born",
     "evaluate",
+    "fit",
     "from_keras",
     "gradient",
     "keras_objective",
@@ -49,9 +62,12 @@ __all__ = [
     "optax_update",
     "parameters",
     "predict",
+    "predict_on_batch",
     "set_learning_rate",
     "step",
     "supervised",
+    "test_on_batch",
     "train",
+    "train_on_batch",
     "write_back",
 ]

@@ -84,7 +84,8 @@ def optax_update(transformation: optax.GradientTransformation, variables: Sequen
     """An optax transformation as an `Update`, with a count of its own: not every transformation keeps one.
 
     `variables`, where given, are the Keras variables behind `State.trainable`: their constraints hold after each update, as
-    with Keras' own optimizers. The learning rate can be read (and set) where it is a hyper-parameter
+    with Keras' own optimizers. A transformation that asks for the loss (`optax.contrib.reduce_on_plateau`) gets it as `value`.
+    The learning rate can be read (and set) where it is a hyper-parameter
     (`optax.inject_hyperparams`).
 
     >>> update = optax_update(optax.sgd(0.5))
@@ -94,12 +95,14 @@ def optax_update(transformation: optax.GradientTransformation, variables: Sequen
     ([Array([0.5], dtype=float32)], 1, None)
     """
     constraints = [variable.constraint for variable in variables]
+    transformation = optax.with_extra_args_support(transformation)
 
     def init(trainable: PyTree) -> PyTree:
         return {"iterations": jnp.zeros((), jnp.int32), "transform": transformation.init(trainable)}
 
     def apply(state: State, gradients: Gradients) -> State:
-        updates, transform = transformation.update(gradients.values, state.optimizer["transform"], state.trainable)
+        before = state.optimizer["transform"]
+        updates, transform = transformation.update(gradients.values, before, state.trainable, value=gradients.loss)
         trainable = optax.apply_updates(state.trainable, updates)
         if any(constraints):
             trainable = [w if c is None else c(w) for c, w in zip(constraints, trainable, strict=True)]

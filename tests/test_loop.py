@@ -1,8 +1,5 @@
 """The fold: what is compiled, what crosses from the device, when logs and hooks come, and that all ways give the same."""
 
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -11,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
+from watching import compiled, reads
 
 import research
 from research.loop import Entry
@@ -33,14 +31,6 @@ def data(**options: Any) -> research.Batches:
     return research.arrays(X, Y, **{"batch_size": 8, "seed": 1, **options})
 
 
-@contextmanager
-def compiled(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[str], int]]:
-    """Counts the programs compiled under a name."""
-    with jax.log_compiles(), caplog.at_level(logging.WARNING, logger="jax"):
-        caplog.clear()
-        yield lambda name: sum(f"Finished XLA compilation of jit({name})" in r.getMessage() for r in caplog.records)
-
-
 @pytest.mark.parametrize("resident", PLACES)
 def test_one_program_for_training_and_one_for_evaluation_however_many_epochs(
     resident: int, caplog: pytest.LogCaptureFixture
@@ -54,32 +44,6 @@ def test_one_program_for_training_and_one_for_evaluation_however_many_epochs(
     with compiled(caplog) as programs:
         research.train(learner(), data(batch_size=12), epochs=3)
         assert programs("train_step") == 2  # a shorter last batch costs one more
-
-
-@contextmanager
-def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Notes each value that Python reads off a device."""
-    concrete = type(jnp.zeros(()))
-    value, seen = concrete._value, []  # type: ignore[attr-defined]
-
-    def counting(array: Any) -> Any:
-        seen.append(str(array.shape))
-        return value.fget(array)
-
-    def noticing(function: Any) -> Any:
-        # NumPy reads a CPU array through the buffer protocol, past `_value`.
-        def noticed(given: Any, *args: Any, **options: Any) -> Any:
-            if type(given) is concrete:
-                seen.append(str(given.shape))
-            return function(given, *args, **options)
-
-        return noticed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(concrete, "_value", property(counting))
-        for name in ("asarray", "array"):
-            patch.setattr(np, name, noticing(getattr(np, name)))
-        yield seen
 
 
 def test_reading_a_value_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
