@@ -2,6 +2,7 @@ set positional-arguments
 
 root := justfile_directory()
 bin := root / ".venv/bin"
+peers := root / ".venv-peers/bin"
 
 # The experiments, a line each.
 [no-exit-message]
@@ -26,13 +27,32 @@ resume *args: _core
 export *args: _core
     @exec "{{ bin }}/python" "{{ root }}/scripts/export.py" "$@"
 
-# Everything that CI checks: format, lint, types, tests and doctests.
+# Write a page about a run: `just report RUN`; about several side by side: `just report RUN RUN ...`.
+[no-cd]
 [no-exit-message]
-test *args: _dev
+report *args: _core
+    @exec "{{ bin }}/python" "{{ root }}/scripts/report.py" "$@"
+
+# Keras' own tests of `fit` and its kin, with ours in their place: `just conformance`.
+[no-exit-message]
+conformance *args: _peers
+    @exec "{{ peers }}/python" "{{ root }}/scripts/conformance.py" "$@"
+
+# The same training step in TensorFlow, in PyTorch and here, side by side: `just backends --epochs 5`.
+[no-cd]
+[no-exit-message]
+backends *args: _peers
+    @exec "{{ peers }}/python" "{{ root }}/scripts/backends.py" "$@"
+
+# Everything that CI checks: format, lint, types, tests and doctests, then what needs TensorFlow and PyTorch.
+[no-exit-message]
+test *args: _dev _peers
     @"{{ bin }}/ruff" format --check
     @"{{ bin }}/ruff" check
     @"{{ bin }}/mypy"
-    @exec "{{ bin }}/python" -m pytest -n 2 "$@"
+    @"{{ bin }}/python" -m pytest -n 2 "$@"
+    @[ "$#" -gt 0 ] || "{{ peers }}/python" -m pytest -n 2 -W default tests/peers
+    @[ "$#" -gt 0 ] || "{{ peers }}/python" "{{ root }}/scripts/conformance.py"
 
 # The tests that take less than a minute together.
 [no-exit-message]
@@ -45,20 +65,23 @@ format *args: _dev
     @"{{ bin }}/ruff" check --fix "$@"
     @exec "{{ bin }}/ruff" format "$@"
 
-_core: (_install "core" ".")
+_core: (_install ".venv" "core" ".")
 
-_dev: _core (_install "dev" ".[dev]")
+_dev: _core (_install ".venv" "dev" ".[dev]")
 
-# Brings the pinned packages into .venv (made where it is missing, never deleted) when their list has changed since.
+# TensorFlow, PyTorch and what else is compared with, 4 GB, apart from everything else.
+_peers: (_install ".venv-peers" "peers" ".[dev,peers]")
+
+# Brings the pinned packages into an environment (made where it is missing, never deleted) when their list has changed since.
 [no-exit-message]
-_install what target:
+_install venv what target:
     #!/bin/sh
     set -eu
-    stamp="{{ root }}/.venv/.installed-{{ what }}"
+    venv="{{ root }}/{{ venv }}"
     wanted=$(cat "{{ root }}/constraints.txt" "{{ root }}/pyproject.toml" | cksum)
-    if [ -x "{{ bin }}/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
-    [ -x "{{ bin }}/python" ] || python3 -m venv "{{ root }}/.venv"
-    echo "installing the pinned packages into {{ root }}/.venv, about a minute ..." >&2
+    if [ -x "$venv/bin/python" ] && [ "$(cat "$venv/.installed-{{ what }}" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
+    [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
+    echo "installing the pinned packages into $venv, a minute or a few ..." >&2
     cd "{{ root }}"
-    "{{ bin }}/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e "{{ target }}"
-    echo "$wanted" > "$stamp"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e "{{ target }}"
+    echo "$wanted" > "$venv/.installed-{{ what }}"

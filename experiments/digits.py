@@ -9,7 +9,7 @@ Expect val_accuracy >= 0.97 on the default data after the default 20 epochs, and
 
 import functools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +23,8 @@ import keras  # isort: skip  (research first: it chooses Keras' backend)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from research.tensorboard import Writer
 
 CLASSES = 10
 # examples in train, val and test; the images' side; the largest pixel value
@@ -212,3 +214,23 @@ def pictures(config: Config, learner: research.Learner, state: research.State, s
             axes.set_title(f"{labels[row]} not {answers[row]}", fontsize=8)
     right.suptitle("surest mistakes: label, not answer", fontsize=11)
     return {"mistakes": figure}
+
+
+def summaries(
+    config: Config, learner: research.Learner, state: research.State, splits: dict[str, Batches], writer: "Writer", step: int
+) -> None:
+    """For TensorBoard: what every layer gives, the gradients, and where the network puts the validation images."""
+    from research import graph, projector, tensorboard
+
+    # Built the functional way, the same network (weight for weight) tells its layers.
+    model = network(replace(config, style="functional"))
+    batch = splits["val"].batch(0)
+    layers = graph.activations(model, state, batch.x)
+    tensorboard.histograms(writer, step, {f"activations/{name}": values for name, values in layers.items()})
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    objective, _ = research.keras_objective(model, loss=loss, metrics=["accuracy"])
+    _, gradients = jax.jit(research.gradient(objective))(state, batch)
+    named = zip(learner.names.trainable, gradients.values, strict=True)
+    tensorboard.histograms(writer, step, {f"gradients/{name}": values for name, values in named})
+    *_, features, _ = layers.values()  # what the last layer takes
+    projector.embedding(writer.directory, "features", features, batch.y, batch.x)

@@ -27,7 +27,8 @@ from research.loop import Entry, train
 from research.measures import Measures
 from research.objective import Aux, Objective, keras_objective
 from research.state import Batch, Refused, State, abstract, born, parameters, write_back
-from research.step import Gradient, Learner, Step, from_keras, gradient, step, supervised
+from research.step import Gradient, Learner, Step, examples, from_keras, gradient, step, supervised
+from research.transforms import accumulate
 from research.update import Gradients, Update, keras_update, optax_update, set_learning_rate
 
 # One name for both: of a learner and its data, and of a Keras model with the arguments of its own methods.
@@ -51,9 +52,11 @@ __all__ = [
     "Step",
     "Update",
     "abstract",
+    "accumulate",
     "arrays",
     "born",
     "evaluate",
+    "examples",
     "fit",
     "from_keras",
     "gradient",

@@ -1,8 +1,6 @@
-"""The run directory: what was run, with what, what came of it, and pages and pictures to look at."""
+"""The run directory: what was run, with what, and what came of it."""
 
-import base64
 import fcntl
-import html
 import json
 import math
 import os
@@ -10,7 +8,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -100,13 +98,13 @@ def begin(run: Run, options: Mapping[str, Any], step: int = 0) -> None:
     That is `config.json` (with `options`, what does not change the numbers), `versions.json` and the source's own changes;
     `metrics.jsonl` is cut back to what was known before that step's logs.
     """
-    _write(run.directory / "config.json", _json({"experiment": run.experiment, "config": run.config, "options": options}))
-    _write(run.directory / "versions.json", _json(versions()))
+    write(run.directory / "config.json", _json({"experiment": run.experiment, "config": run.config, "options": options}))
+    write(run.directory / "versions.json", _json(versions()))
     difference = _git("diff", "HEAD")
     if difference:
-        _write(run.directory / "source.diff", difference)
+        write(run.directory / "source.diff", difference)
     kept = [entry for entry in entries(run) if entry.step < step]
-    _write(run.directory / "metrics.jsonl", "".join(_line(entry) for entry in kept))
+    write(run.directory / "metrics.jsonl", "".join(_line(entry) for entry in kept))
 
 
 def find(run: str, root: Path) -> Path:
@@ -122,6 +120,23 @@ def find(run: str, root: Path) -> Path:
     if not found:
         raise Refused(f"no run {run!r}: expected a run directory, or an experiment that has runs in {root}.")
     return found[-1]
+
+
+def read(directory: Path) -> tuple[Run, dict[str, Any]]:
+    """The run that a directory holds, and its summary, or what its logs tell where it has none (yet).
+
+    Raises `Refused` where its files can't be read.
+    """
+    try:
+        config = json.loads((directory / "config.json").read_text())
+        run = Run(directory, config["experiment"], config["config"])
+        logs, path = entries(run), directory / "summary.json"
+        if path.exists():
+            return run, json.loads(path.read_text())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Refused(f"{directory}: its files are damaged ({type(error).__name__}: {error}); choose another run.") from error
+    last = {("" if e.split == "train" else f"{e.split}_") + name: value for e in logs for name, value in e.values.items()}
+    return run, {"status": "not finished", "steps": max((e.step for e in logs), default=0), "metrics": last}
 
 
 def append(run: Run, entry: Entry) -> None:
@@ -140,7 +155,14 @@ def entries(run: Run) -> list[Entry]:
 
 def summarise(run: Run, summary: Mapping[str, Any]) -> None:
     """Writes `summary.json`, whole or not at all."""
-    _write(run.directory / "summary.json", _json({"experiment": run.experiment, **summary}))
+    write(run.directory / "summary.json", _json({"experiment": run.experiment, **summary}))
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file whole or not at all: a reader, or a crash, never meets half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def versions() -> dict[str, Any]:
@@ -160,79 +182,14 @@ def versions() -> dict[str, Any]:
     return found
 
 
-def curves(logs: Sequence[Entry]) -> "Figure":
-    """Every metric over the steps, a panel each, training and the other splits beside each other.
-
-    >>> figure = curves([Entry(1, 0, "train", {"loss": 2.0}), Entry(2, 0, "val", {"loss": 1.0})])
-    >>> [axes.get_title() for axes in figure.axes]
-    ['loss']
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    names = list(dict.fromkeys(name for entry in logs for name in entry.values)) or ["loss"]
-    names.sort(key=lambda name: name != "loss")
-    columns = min(len(names), 3)
-    rows = -(-len(names) // columns)
-    figure = Figure(figsize=(5.2 * columns, 3.6 * rows), layout="constrained")
-    splits = list(dict.fromkeys(entry.split for entry in logs))
-    for i, name in enumerate(names):
-        axes = figure.add_subplot(rows, columns, i + 1)
-        for split, colour in zip(splits, ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377") * 9, strict=False):
-            points = [(e.step, e.values[name]) for e in logs if e.split == split and name in e.values]
-            if points:
-                marker = ("D", 7) if len(points) == 1 else ("o", 3.5) if len(points) < 40 else ("", 0)
-                style: dict[str, Any] = {"marker": marker[0], "markersize": marker[1], "linewidth": 1.6}
-                axes.plot(*zip(*points, strict=True), color=colour, label=split, **style)
-        axes.set_title(name, fontsize=11)
-        axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-    return figure
-
-
-def draw(run: Run, pictures: Mapping[str, "Figure"]) -> None:
-    """Writes figures to `plots/NAME.png`."""
-    (run.directory / "plots").mkdir(exist_ok=True)
+def draw(run: Run, pictures: Mapping[str, "Figure"], epoch: int | None = None) -> dict[str, Path]:
+    """Writes figures to `plots/NAME.png`, those of an epoch, counted from 1, to `plots/epochs/NAME-0001.png`. Returns where."""
+    directory = run.directory / "plots" if epoch is None else run.directory / "plots" / "epochs"
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = {name: directory / (f"{name}.png" if epoch is None else f"{name}-{epoch:04d}.png") for name in pictures}
     for name, figure in pictures.items():
-        figure.savefig(run.directory / "plots" / f"{name}.png", dpi=110)
-
-
-def report(run: Run) -> Path:
-    """Writes `report.html` from what the directory holds: one file that needs neither a network nor its neighbours."""
-    summary = json.loads((run.directory / "summary.json").read_text())
-    made_with = json.loads((run.directory / "versions.json").read_text())
-    metrics = summary.get("metrics", {})
-    splits = {"train": "", "val": "val_", "test": "test_"}
-    names = [n for n in metrics if not n.startswith(("val_", "test_"))]
-    table = "".join(
-        f"<tr><th>{html.escape(name)}</th>"
-        + "".join(f"<td>{_shown(metrics.get(prefix + name, ''))}</td>" for prefix in splits.values())
-        + "</tr>"
-        for name in sorted(names, key=lambda n: n != "loss")
-    )
-    plots = sorted((run.directory / "plots").glob("*.png"), key=lambda p: p.stem != "curves")
-    figures = "".join(
-        f'<figure><img alt="{html.escape(p.stem)}" src="data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}">'
-        f"<figcaption>{html.escape(p.stem)}</figcaption></figure>"
-        for p in plots
-    )
-    facts = {k: v for k, v in summary.items() if k not in ("metrics", "experiment")}
-    page = _PAGE.format(
-        title=html.escape(f"{run.experiment} · {run.directory.name}"),
-        status=html.escape(str(summary.get("status"))),
-        splits="".join(f"<th>{split}</th>" for split in splits),
-        metrics=table,
-        figures=figures,
-        facts=_table(facts),
-        config=_table(run.config),
-        versions=_table(made_with),
-    )
-    path = run.directory / "report.html"
-    _write(path, page)
-    return path
+        figure.savefig(paths[name], dpi=110)
+    return paths
 
 
 def new_directory(experiment: str, root: Path) -> Path:
@@ -264,13 +221,6 @@ def _json(value: Any) -> str:
     return json.dumps(_strict(value), indent=2, allow_nan=False, default=str) + "\n"
 
 
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all: a reader, or a crash, never meets half a file."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
-
-
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -285,32 +235,3 @@ def _git(*arguments: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else html.escape(str(value))
-
-
-def _table(values: Mapping[str, Any]) -> str:
-    rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{_shown(v)}</td></tr>" for k, v in values.items())
-    return f"<table>{rows}</table>"
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-:root {{ color-scheme: light; }}
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2.5rem auto; max-width: 72rem; padding: 0 1.5rem; color: #1b1f24; }}
-h1 {{ font-size: 1.5rem; margin: 0 0 .25rem; }} h2 {{ font-size: 1rem; margin: 2rem 0 .5rem; color: #57606a; }}
-.status {{ display: inline-block; padding: .05rem .6rem; border-radius: 1rem; background: #eaf3ea; color: #1a6b2d; }}
-table {{ border-collapse: collapse; }} th, td {{ text-align: left; padding: .2rem 1.2rem .2rem 0; vertical-align: top; }}
-th {{ font-weight: 500; color: #57606a; }} td {{ font-variant-numeric: tabular-nums; word-break: break-word; }}
-tr + tr {{ border-top: 1px solid #eaeef2; }} figure {{ margin: 1rem 0; }} img {{ max-width: 100%; }}
-figcaption {{ color: #57606a; font-size: .85rem; }} .columns {{ display: flex; flex-wrap: wrap; gap: 0 4rem; }}
-</style></head><body>
-<h1>{title}</h1><span class="status">{status}</span>
-<h2>Results</h2><table><tr><th></th>{splits}</tr>{metrics}</table>
-{figures}
-<div class="columns"><div><h2>Run</h2>{facts}</div><div><h2>Config</h2>{config}</div></div>
-<h2>Made with</h2>{versions}
-</body></html>
-"""

@@ -1,4 +1,4 @@
-"""From one pure function to another: several steps as one program."""
+"""From one pure function to another: several steps as one program, one gradient from parts of a batch."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -6,9 +6,13 @@ from typing import Any, TypeVar
 import jax
 import jax.extend
 import jax.numpy as jnp
+import keras  # noqa: F401  (for the examples in docstrings)
 from jaxtyping import Array, Int, PyTree
 
 from research.measures import Logs
+from research.state import Refused, State, rows
+from research.step import Gradient
+from research.update import Gradients
 
 S = TypeVar("S")
 
@@ -42,6 +46,46 @@ def fuse(step: Callable[[S, Any], tuple[S, Logs]]) -> Callable[[S, PyTree, int |
         return after
 
     return fused
+
+
+def accumulate(gradient: Gradient, parts: int) -> Gradient:
+    """The gradient of a batch, taken part by part: for batches that do not fit into memory at once.
+
+    The first axis of the batch is cut into so many equal parts, which go through the network one after the other. Losses and
+    gradients are weighted by what their means stand for (`Aux.weight`), so with one loss that is a mean the result is that of
+    the whole batch, to rounding; with several losses of different weights, or one that is a sum, it is the mean over rows. What
+    a layer adds from its activity is weighted as the loss is. BatchNormalization and Dropout see parts. There is one update for
+    the whole: schedules, averages and `iterations` count batches. Raises `Refused` where the batch can't be cut so.
+
+    >>> import research
+    >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, kernel_initializer="ones")])
+    >>> objective, measures = research.keras_objective(model, loss="mse")
+    >>> state = State([v.value for v in model.trainable_variables], [], [], measures.init())
+    >>> batch = research.Batch(jnp.arange(4.0)[:, None], jnp.zeros((4, 1)))
+    >>> _, gradients = accumulate(research.gradient(objective), 2)(state, batch)
+    >>> float(gradients.loss), float(gradients.weight), [float(g.sum()) for g in gradients.values]
+    (3.5, 4.0, [7.0, 3.0])
+    """
+
+    def accumulated(state: State, batch: Any) -> tuple[State, Gradients]:
+        count = rows(batch)
+        if count % parts:
+            raise Refused(f"accumulate: a batch of {count} examples can't be cut into {parts} equal parts: choose a divisor.")
+        cut = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), batch)
+
+        def part(carry: tuple[State, Gradients], batch: Any) -> tuple[tuple[State, Gradients], None]:
+            state, sums = carry
+            after, found = gradient(state, batch)
+            values = jax.tree.map(lambda s, g: s + g * jnp.asarray(found.weight, g.dtype), sums.values, found.values)
+            return (after, Gradients(values, sums.loss + found.loss * found.weight, sums.weight + found.weight)), None
+
+        _, shapes = jax.eval_shape(gradient, state, jax.tree.map(lambda leaf: leaf[0], cut))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        (state, sums), _ = jax.lax.scan(part, (state, zeros), cut)
+        values = jax.tree.map(lambda s: s / jnp.asarray(sums.weight, s.dtype), sums.values)
+        return state, Gradients(values, sums.loss / sums.weight, sums.weight)
+
+    return accumulated
 
 
 def loops_well(program: jax.stages.Traced) -> bool:

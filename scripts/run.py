@@ -1,4 +1,14 @@
-"""Runs an experiment: `run.py NAME --option value ...`; without a name, lists what there is."""
+"""Runs an experiment: `run.py NAME --option value ...`; without a name, lists what there is.
+
+An experiment is a module of `experiments/` with `Config`, `build(config)` and `data(config)`. It may have more, of which each is
+called where it is there; `parts` stands for `config, learner, state, splits`:
+
+    models(config, state) -> {name: keras.Model}     written as NAME.keras, drawn as plots/NAME.png
+    pictures(*parts) -> {name: Figure}               drawn at the end as plots/NAME.png
+    each_epoch(*parts) -> {name: Figure}             drawn at each epoch's end as plots/epochs/NAME-0001.png
+    results(*parts) -> {name: float}                 measured at the end, added to the summary's metrics
+    summaries(*parts, writer, step)                  writes whatever else TensorBoard is to show, at the end
+"""
 
 import time
 
@@ -152,10 +162,8 @@ def go_on(run: Any, module: Any, learner: Any, splits: Any, config: Any, options
 
     with signals.stopping(stopped) as asked:
         try:
-            state = train(run, learner, splits, config, options, at, summary, asked)
-            drawn = module.pictures(config, learner, state, splits) if hasattr(module, "pictures") else {}
-            record.draw(run, {**drawn, "curves": record.curves(record.entries(run))})
-            export(directory, module, config, state)
+            state = train(run, module, learner, splits, config, options, at, summary, asked)
+            results = finish(run, module, learner, splits, config, state, summary)
         except loop.Stopped as stop:
             summary["steps"] = stop.step or summary["steps"]
             return stopped(asked.signal)
@@ -167,27 +175,35 @@ def go_on(run: Any, module: Any, learner: Any, splits: Any, config: Any, options
             if isinstance(error, Refused):
                 raise
             return refuse(f"{type(error).__name__}: {error}; the traceback is in {directory / 'error.txt'}", 1)
+        from research import report
+
         record.summarise(run, {**summary, "status": "finished"})
-        page = record.report(run)
-    values = [f"{name} {value:.4f}" for name, value in summary["metrics"].items() if name.endswith("accuracy")]
-    print(f"{'  '.join(values)}\n{page}")
+        page = report.page(run)
+    values = {name: value for name, value in summary["metrics"].items() if name.endswith("accuracy") or name in results}
+    print(f"{'  '.join(f'{name} {value:.4g}' for name, value in values.items())}\n{page}")
     return 0
 
 
 def train(
-    run: Any, learner: Any, splits: Any, config: Any, options: Options, at: Any, summary: dict[str, Any], asked: Any
+    run: Any, module: Any, learner: Any, splits: Any, config: Any, options: Options, at: Any, summary: dict[str, Any], asked: Any
 ) -> Any:
     """Trains from a checkpoint to the end, keeping `summary` true at every log and a checkpoint of what was done."""
-    from research import checkpoint, console, loop, record, state
+    from research import checkpoint, console, loop, record, state, tensorboard
 
     data = splits["train"]
     total = config.epochs * data.steps_per_epoch
     total = total if config.steps is None else min(config.steps, total)
     summary["parameters"] = state.parameters(at.state)
     first: list[tuple[int, float]] = []
+    # Histograms of the weights, at each epoch or some ten times: more would slow a short run down.
+    looks = data.steps_per_epoch * max(1, -(-total // data.steps_per_epoch) // 10)
+    known = record.entries(run)
+    todo = f"{total - at.step:,} steps to go, {data.steps_per_epoch:,} in an epoch of {data.examples:,} examples"
+    print(f"{summary['parameters']:,} trainable parameters; {todo}", flush=True)
 
     with (
         console.watching(total, data.steps_per_epoch, at.step) as (show, progress),
+        tensorboard.recording(run.directory / "tensorboard", learner.names, known, at.step) as (point, weights, waited),
         checkpoint.saving(run.checkpoints, learner.names) as save,
     ):
 
@@ -200,7 +216,16 @@ def train(
             summary.update(steps=entry.step, epochs=entry.step / data.steps_per_epoch)
             summary["steps_per_second"] = passed / seconds if passed and seconds else None
             record.append(run, entry)
+            point(entry)
             show(entry)
+
+        def draw(step: int, state: Any, logs: Any) -> None:
+            record.draw(run, module.each_epoch(config, learner, state, splits), epoch=-(-step // data.steps_per_epoch))
+
+        drawing = [(data.steps_per_epoch, draw)] if hasattr(module, "each_epoch") else []
+        every = options.checkpoint_every or total + 1
+        if at.step and (at.step % looks == 0 or at.step == total):
+            weights(at.step, at.state, {})
 
         try:
             trained, _ = loop.train(
@@ -213,7 +238,8 @@ def train(
                 log_every=options.log_every,
                 log=log,
                 evaluations={"val": splits["val"]} if "val" in splits else {},
-                hooks=[progress, (options.checkpoint_every or total + 1, save)],
+                # A checkpoint comes last: what it has behind it is on the disk.
+                hooks=[progress, *drawing, (looks, weights), (every, waited), (every, save)],
                 stop=asked,
             )
         except loop.Stopped as stop:
@@ -225,14 +251,47 @@ def train(
     return trained
 
 
-def export(directory: Path, module: Any, config: Any, state: Any) -> list[Path]:
-    """Writes the trained networks as plain Keras files: `NAME.keras` and `NAME.weights.h5`."""
+def finish(
+    run: Any, module: Any, learner: Any, splits: Any, config: Any, state: Any, summary: dict[str, Any]
+) -> dict[str, float]:
+    """What is made of a trained state: results, plain Keras files and pictures, TensorBoard's too. Returns the results."""
+    from research import picture, record, tensorboard
+
+    parts = config, learner, state, splits
+    results = {name: float(value) for name, value in module.results(*parts).items()} if hasattr(module, "results") else {}
+    summary["metrics"].update(results)
+    models = networks(module, config, state)
+    write(run.directory, models)
+    drawn = {name: picture.model(model) for name, model in models.items()}
+    drawn |= module.pictures(*parts) if hasattr(module, "pictures") else {}
+    drawn["curves"] = picture.curves(record.entries(run))
+    files = record.draw(run, drawn)
+    with tensorboard.writing(run.directory / "tensorboard" / "train") as writer:
+        tensorboard.structure(writer, models)
+        tensorboard.images(writer, summary["steps"], {f"pictures/{name}": path for name, path in files.items()})
+        if hasattr(module, "summaries"):
+            module.summaries(*parts, writer, summary["steps"])
+    return results
+
+
+def networks(module: Any, config: Any, state: Any) -> dict[str, Any]:
+    """An experiment's Keras models with a state's weights, where it has any."""
+    return dict(module.models(config, state)) if hasattr(module, "models") else {}
+
+
+def write(directory: Path, models: dict[str, Any]) -> list[Path]:
+    """Writes networks as plain Keras files, `NAME.keras` and `NAME.weights.h5`."""
     written = []
-    for name, model in module.models(config, state).items() if hasattr(module, "models") else ():
+    for name, model in models.items():
         written += [directory / f"{name}.keras", directory / f"{name}.weights.h5"]
         model.save(written[-2])
         model.save_weights(written[-1])
     return written
+
+
+def export(directory: Path, module: Any, config: Any, state: Any) -> list[Path]:
+    """Writes the networks of a state into a run's directory."""
+    return write(directory, networks(module, config, state))
 
 
 def compilation_cache() -> None:

@@ -64,10 +64,10 @@ def test_a_run_leaves_its_config_versions_logs_pictures_and_report(finished: Pat
     assert all(sorted(line) == ["epoch", "split", "step", "values"] for line in lines)
     assert [line["step"] for line in lines if line["split"] == "val"] == [45 * (i + 1) for i in range(20)]
     assert lines[-1]["split"] == "test"
-    for name in ("curves", "mistakes"):
+    for name in ("curves", "mistakes", "model"):
         assert (finished / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     page = (finished / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/png;base64,") == 3
     assert "http" not in page  # opens offline
 
 
@@ -184,7 +184,7 @@ def test_nothing_slow_is_loaded_before_it_is_used() -> None:
 
 
 def test_what_is_not_finite_is_null_in_the_logs(tmp_path: Path) -> None:
-    from research import record
+    from research import picture, record
     from research.loop import Entry
 
     run, _ = record.open_run(tmp_path / "run", "digits", {})
@@ -193,7 +193,7 @@ def test_what_is_not_finite_is_null_in_the_logs(tmp_path: Path) -> None:
     record.append(run, Entry(1, 0, "train", {"loss": math.nan, "accuracy": math.inf}))
     assert strict((tmp_path / "run" / "metrics.jsonl").read_text())["values"] == {"loss": None, "accuracy": None}
     assert math.isnan(record.entries(run)[0].values["loss"])
-    record.draw(run, {"curves": record.curves(record.entries(run))})
+    record.draw(run, {"curves": picture.curves(record.entries(run))})
 
 
 def test_a_terminal_gets_a_bar_and_a_line_for_each_epoch(capsys: pytest.CaptureFixture[str]) -> None:
