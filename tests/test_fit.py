@@ -21,7 +21,7 @@ from keras import layers
 from watching import reads
 
 import research
-from research.fit import Logs
+from research.callbacks import Logs
 from research.fit import evaluate as fit_evaluate
 from research.fit import predict as fit_predict
 from research.transforms import fuse, loops_well

@@ -86,4 +86,4 @@ def test_without_the_other_backends_one_line_says_how_to_get_them(tmp_path: Path
     call = [sys.executable, "-c", program, str(ROOT / "scripts")]
     done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert (done.returncode, list(tmp_path.iterdir())) == (1, [])
-    assert done.stderr == "error: no torch in this environment: `just backends` makes one that has them.\n"
+    assert done.stderr == "error: no torch in this environment: `just backends` installs them into one of its own.\n"
