@@ -26,6 +26,7 @@ from research.fit import fit, predict_on_batch, test_on_batch, train_on_batch
 from research.loop import Entry, train
 from research.measures import Measures
 from research.objective import Aux, Objective, keras_objective
+from research.sources import indexed, iterated
 from research.state import Batch, Refused, State, abstract, born, parameters, write_back
 from research.step import Gradient, Learner, Step, examples, from_keras, gradient, step, supervised
 from research.transforms import accumulate
@@ -60,6 +61,8 @@ __all__ = [
     "fit",
     "from_keras",
     "gradient",
+    "indexed",
+    "iterated",
     "keras_objective",
     "keras_update",
     "optax_update",

@@ -17,9 +17,9 @@ from jaxtyping import PyTree
 
 from research.transforms import fuse, loops_well
 
-FUSED_STEPS = 64  # at most so many steps in one program,
-FUSED_BYTES = 4 << 20  # so many bytes of batches, which are copied together first,
+FUSED_STEPS = 32  # at most so many steps in one program,
 FUSED_SECONDS = 0.03  # and about so much time, for the progress bar and Ctrl-C
+FUSED_BYTES = 1 << 17  # batches are copied together first: larger ones would cost more than is gained
 IN_FLIGHT = 2  # dispatches that the device may be behind
 
 
@@ -138,8 +138,10 @@ class Program:
             return 1
         if unit == 1 and not loop.fusing:
             return 1
-        steps = FUSED_STEPS if loop.left is None else min(FUSED_STEPS, loop.left * unit)
-        return max(1, min(steps, FUSED_BYTES // max(1, sum(leaf.nbytes for leaf in leaves))))
+        size = sum(leaf.nbytes for leaf in leaves)
+        if size > FUSED_BYTES:
+            return 1
+        return FUSED_STEPS if loop.left is None else min(FUSED_STEPS, loop.left * unit)
 
     def _run(self, state: PyTree, batches: list[Any], loop: Loop) -> tuple[PyTree, Any]:
         """The state after a step over each batch, and the last logs."""
