@@ -51,7 +51,7 @@ test *args: _dev _peers
     @"{{ bin }}/ruff" check
     @"{{ bin }}/mypy"
     @"{{ bin }}/python" -m pytest -n 2 "$@"
-    @[ "$#" -gt 0 ] || "{{ peers }}/python" -m pytest -n 2 -W default tests/peers
+    @[ "$#" -gt 0 ] || "{{ peers }}/python" -m pytest -n 2 --dist loadfile -W default tests/peers
     @[ "$#" -gt 0 ] || "{{ peers }}/python" "{{ root }}/scripts/conformance.py"
 
 # The tests that take less than a minute together.

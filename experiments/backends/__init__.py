@@ -1,0 +1,1 @@
+"""One training step on three backends of Keras, each a page in its backend's own manner: `just backends` compares them."""

@@ -1,0 +1,73 @@
+"""The training loop of Keras' documents with this library on JAX: a pure step from a state and a batch to the next state.
+
+    python experiments/backends/with_jax.py FOLDER    # `just backends` makes FOLDER/start.npz and runs this
+
+Leaves in FOLDER/jax.npz what `with_tensorflow.py` and `with_torch.py` leave of the same training, to be compared.
+"""
+
+import argparse
+import functools
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import research
+
+import keras  # isort: skip  (research first: it chooses Keras' backend)
+
+
+def main(folder: Path) -> None:
+    """Trains from the weights and the data of FOLDER/start.npz."""
+    start = np.load(folder / "start.npz")
+    train = research.arrays(start["x"], start["y"], batch_size=64, shuffle=False)
+    val = research.arrays(start["x_val"], start["y_val"], batch_size=64, shuffle=False)
+
+    dense = keras.layers.Dense
+    model = keras.Sequential([keras.Input((64,)), dense(64, "relu"), dense(64, "relu"), dense(10)])
+    model.set_weights([start[f"weight_{i}"] for i in range(6)])
+    optimizers = {"sgd": keras.optimizers.SGD, "adam": keras.optimizers.Adam}
+    learner = research.supervised(
+        model,
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        optimizer=optimizers[str(start["optimizer"])](learning_rate=float(start["learning_rate"])),
+        metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
+    )
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_step(state: research.State, batch: research.Batch) -> tuple[research.State, dict[str, Any]]:
+        # Logs run since the last reset. The loss, unlike the accuracy, begins anew here, to be that of this one batch.
+        empty = learner.reset(state).metrics
+        return learner.train(state._replace(metrics={**state.metrics, "loss": empty["loss"]}), batch)
+
+    test_step = jax.jit(learner.evaluate)
+
+    losses, seconds, accuracy, val_accuracy = [], [], [], []
+    state = learner.init()
+    for epoch in range(int(start["epochs"])):
+        state = learner.reset(state)
+        for step in range(epoch * train.steps_per_epoch, (epoch + 1) * train.steps_per_epoch):
+            batch = train.batch(step)
+            began = time.perf_counter()
+            state, logs = train_step(state, batch)
+            losses.append(float(logs["loss"]))  # waits for the device: the whole step is timed
+            seconds.append(time.perf_counter() - began)
+        accuracy.append(float(logs["accuracy"]))
+
+        tested = learner.reset(state)
+        for step in range(val.steps_per_epoch):
+            tested, logs = test_step(tested, val.batch(step))
+        val_accuracy.append(float(logs["accuracy"]))
+        print(f"epoch {epoch + 1}  loss {losses[-1]:.4f}  val_accuracy {val_accuracy[-1]:.4f}")  # noqa: T201
+
+    weights = {f"weight_{i}": np.asarray(weight) for i, weight in enumerate(state.trainable)}
+    microseconds = 1e6 * np.median(seconds[-train.steps_per_epoch :])
+    np.savez(folder / "jax.npz", loss=losses, accuracy=accuracy, val_accuracy=val_accuracy, microseconds=microseconds, **weights)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where start.npz is")
+    main(parser.parse_args().folder)
