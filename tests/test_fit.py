@@ -86,9 +86,12 @@ def test_the_signature_is_that_of_keras_method(name: str) -> None:
     assert told(METHODS[name]) == told(getattr(keras.Model, name))
 
 
+FEW = ("norm-adamw-schedule", "norm-ema", "two-outputs-weighted")
+WAYS = [*((name, "fused") for name in CASES), *itertools.product(FEW, ("one by one", "three in an execution"))]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["fused", "one by one", "three in an execution"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "way"), WAYS)
 def test_fit_equals_keras_bit_for_bit_shuffled_and_validated(name: str, way: str) -> None:
     case = CASES[name]
     x, y, weight = examples(case, 12)
@@ -359,9 +362,17 @@ def test_the_model_is_whole_after_its_data_raised_and_has_what_came_before(good:
     assert np.isfinite(model.predict(line()[0], verbose=0)).all()
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C as in a terminal, whatever runs the tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("callbacks", [[], [Looker()]])
-def test_the_model_is_whole_after_ctrl_c_at_any_moment(callbacks: list[Any]) -> None:
+def test_the_model_is_whole_after_ctrl_c_at_any_moment(callbacks: list[Any], ctrl_c: None) -> None:
     x, y = line(3000)
     model = tiny()
     research.fit(model, x, y, epochs=1, verbose=0, batch_size=8, validation_split=0.2, callbacks=callbacks)

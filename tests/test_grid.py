@@ -68,6 +68,8 @@ def pairs(way: Way) -> set[Any]:
 class Penalty(layers.Layer):
     """Adds a loss."""
 
+    supports_masking = True
+
     def call(self, x: Any) -> Any:
         self.add_loss(0.01 * keras.ops.mean(keras.ops.square(x)))
         return x
