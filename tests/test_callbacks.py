@@ -12,7 +12,7 @@ from keras import layers
 
 import research
 
-pytestmark = pytest.mark.promotes
+pytestmark = [pytest.mark.promotes, pytest.mark.slow]
 X = np.random.default_rng(0).normal(size=(96, 4)).astype("float32")
 Y = X.sum(-1, keepdims=True)
 
@@ -84,7 +84,6 @@ def weights_in(path: Path) -> list[Any]:
     return [path.read_text()]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLBACKS)
 def test_it_does_what_it_does_under_keras(name: str, tmp_path: Path) -> None:
     made, compiled = CALLBACKS[name]

@@ -9,6 +9,8 @@ import pytest
 import research
 from experiments import custom_loop
 
+pytestmark = pytest.mark.slow
+
 EVERY = 4
 
 

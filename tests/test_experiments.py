@@ -64,6 +64,7 @@ def test_it_builds_from_shapes_and_lowers_on_eight_devices(name: str) -> None:
         assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), shapes)
 
 
+@pytest.mark.slow
 def test_it_takes_two_steps(name: str) -> None:
     experiment = module(name)
     config = experiment.Config(steps=2, batch_size=8)

@@ -34,7 +34,7 @@ METHODS: dict[str, Any] = {
     "test_on_batch": research.test_on_batch,
     "predict_on_batch": research.predict_on_batch,
 }
-pytestmark = pytest.mark.promotes
+pytestmark = [pytest.mark.promotes, pytest.mark.slow]
 
 
 def built(case: Case, **compiled: Any) -> keras.Model:
@@ -90,7 +90,6 @@ FEW = ("norm-adamw-schedule", "norm-ema", "two-outputs-weighted")
 WAYS = [*((name, "fused") for name in CASES), *itertools.product(FEW, ("one by one", "three in an execution"))]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "way"), WAYS)
 def test_fit_equals_keras_bit_for_bit_shuffled_and_validated(name: str, way: str) -> None:
     case = CASES[name]
@@ -370,7 +369,6 @@ def ctrl_c() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("callbacks", [[], [Looker()]])
 def test_the_model_is_whole_after_ctrl_c_at_any_moment(callbacks: list[Any], ctrl_c: None) -> None:
     x, y = line(3000)

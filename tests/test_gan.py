@@ -12,6 +12,8 @@ import pytest
 import research
 from experiments import gan
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"latent": 4, "units": 16, "batch_size": 8}
 STEPS = 3
 
@@ -83,7 +85,6 @@ def test_its_steps_equal_the_documents_own_bit_for_bit() -> None:
         jax.tree.map(np.testing.assert_array_equal, (state.generator.trainable, state.generator.optimizer), g)
 
 
-@pytest.mark.slow
 def test_each_network_is_moved_by_its_own_half_alone() -> None:
     def stepped(**rates: float) -> tuple[gan.GAN, gan.GAN]:
         config = gan.Config(**SMALL, **rates)
@@ -116,7 +117,6 @@ def test_chance_lives_in_the_state_and_moves_with_each_step() -> None:
     assert not same(images, learner.predict(state._replace(key=once.key), batch))
 
 
-@pytest.mark.slow
 def test_losses_run_from_a_reset_on_and_evaluation_leaves_the_networks_alone() -> None:
     config = gan.Config(**SMALL)
     learner = gan.build(config)
@@ -153,7 +153,6 @@ def test_leaves_have_names_of_their_own() -> None:
     assert len(names) == len(set(names))
 
 
-@pytest.mark.slow
 def test_after_20_epochs_a_classifier_reads_its_digits_and_none_is_a_copy() -> None:
     config = gan.Config(epochs=20)
     learner, splits = gan.build(config), gan.data(config)

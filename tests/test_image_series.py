@@ -11,6 +11,8 @@ import research
 from experiments import image_series
 from experiments.image_series import Config
 
+pytestmark = pytest.mark.slow
+
 SLOW = pytest.mark.slow
 SMALL = {"batch_size": 16, "units": 16}
 

@@ -12,6 +12,8 @@ import pytest
 import research
 from experiments import losses
 
+pytestmark = pytest.mark.slow
+
 STEPS = 3
 AS_KERAS = {
     **{name: losses.Config(variation=name, units=16) for name in losses.VARIATIONS if name not in ("inside", "plateau")},

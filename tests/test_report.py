@@ -20,6 +20,8 @@ import research
 from research import record, report
 from research.loop import Entry
 
+pytestmark = pytest.mark.slow
+
 
 def written(directory: Path, config: dict[str, Any], metrics: dict[str, float], experiment: str = "toy") -> record.Run:
     """A run as a finished one leaves it."""
@@ -153,7 +155,6 @@ def test_which_way_is_better_is_told_by_the_name_or_not_at_all(name: str, direct
     assert report.better(name) == direction
 
 
-@pytest.mark.slow
 def test_the_command_writes_one_page_or_one_for_all(tmp_path: Path) -> None:
     written(tmp_path / "runs" / "toy" / "1", {"rate": 1}, {"loss": 0.5})
     written(tmp_path / "runs" / "toy" / "2", {"rate": 2}, {"loss": 0.4})
@@ -168,7 +169,6 @@ def test_the_command_writes_one_page_or_one_for_all(tmp_path: Path) -> None:
         assert Page(tmp_path / path).tables
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [

@@ -29,6 +29,8 @@ from research.graph import graph
 from research.loop import Entry
 from research.state import State
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(40, 4)).astype("float32")
 
@@ -202,7 +204,6 @@ def test_what_writes_events_is_loaded_when_one_is_written() -> None:
 SETTINGS = ("digits", "--epochs", "40", "--checkpoint-every", "180", "--log-every", "30")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_run_shows_in_the_end_what_one_left_alone_does(number: signal.Signals, tmp_path: Path) -> None:
     run, alone = tmp_path / "run", tmp_path / "alone"
@@ -252,7 +253,6 @@ def served(logdir: Path) -> Iterator[str]:
         process.stdout.close()
 
 
-@pytest.mark.slow
 def test_a_run_is_shown_whole_in_the_browser(tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = command("digits", "--epochs", "4", "--run-dir", str(run), cwd=tmp_path)

@@ -14,6 +14,8 @@ import research
 from experiments import tickets
 from experiments.tickets import DEPARTMENTS, LENGTHS, TAGS, VOCABULARY, Config, Ticket
 
+pytestmark = pytest.mark.slow
+
 SIZE = 8
 
 
@@ -54,7 +56,7 @@ def run(tmp_path: Path) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("balanced", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("balanced", [True, pytest.param(False)])
 def test_three_steps_equal_keras_train_on_batch_bit_for_bit(balanced: bool) -> None:
     config = Config(units=8, balanced=balanced, batch_size=SIZE)
     keras.utils.set_random_seed(config.seed)
@@ -110,7 +112,7 @@ def test_padding_says_nothing_wherever_it_stands() -> None:
     )
 
 
-@pytest.mark.parametrize("frozen", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("frozen", [True, pytest.param(False)])
 def test_a_frozen_network_keeps_every_bit_and_its_answers_while_a_new_head_learns(run: Path, frozen: bool) -> None:
     config = Config(head="difficulty", trained=run, frozen=frozen, batch_size=SIZE)
     old = keras.saving.load_model(run / "model.keras")
@@ -222,7 +224,6 @@ def test_packages_that_head_their_sections_differently_get_the_same_tags() -> No
     assert found == [Ticket("jax", "Sum of all.", "Of what there is.", tags, 3, 2)] * 2
 
 
-@pytest.mark.slow
 def test_no_ticket_is_in_two_splits_and_they_are_the_same_whenever_gathered() -> None:
     splits = tickets.tickets()
     assert {name: len(held) for name, held in splits.items()} == tickets.SIZES
