@@ -67,14 +67,14 @@ class Watch(keras.callbacks.Callback):
         self._tell("on_epoch_begin", epoch, logs)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        self.loops["train"].rest()
+        self.loops["train"].pace.rest()
         self._tell("on_epoch_end", epoch, logs)
 
     def on_test_begin(self, logs: Any = None) -> None:
         self._tell("on_test_begin", logs)
 
     def on_test_end(self, logs: Any = None) -> None:
-        self.loops["test"].rest()
+        self.loops["test"].pace.rest()
         self._tell("on_test_end", logs)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:

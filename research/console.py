@@ -1,10 +1,12 @@
 """What a person sees while a run goes on: a progress bar in a terminal, plain lines elsewhere."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
-from research.loop import Entry, Hook
+from research.loop import Entry
+
+SHOW_EVERY = 0.05  # seconds
 
 
 def line(entry: Entry, epochs: int) -> str:
@@ -21,13 +23,14 @@ def line(entry: Entry, epochs: int) -> str:
 @contextmanager
 def watching(
     total: int, steps_per_epoch: int, first: int = 0, terminal: bool | None = None
-) -> Iterator[tuple[Callable[[Entry], None], tuple[int, Hook]]]:
-    """Shows training from step `first` to `total`: gives a `log` and a hook for `loop.train`.
+) -> Iterator[tuple[Callable[[Entry], None], Callable[[int, float], None]]]:
+    """Shows training from step `first` to `total`: gives a `log` and a `progress` for `loop.train`.
 
-    In a terminal (found out where `terminal` is None) the bar counts steps that were dispatched, and the end of each epoch
-    leaves a line; elsewhere each entry is a line.
+    In a terminal (found out where `terminal` is None) the bar counts steps that were dispatched, tells the share of time in which
+    the device had to wait for data where that is 5% or more, and the end of each epoch leaves a line; elsewhere each entry is a
+    line.
 
-    >>> with watching(10, 5, terminal=False) as (log, hook):
+    >>> with watching(10, 5, terminal=False) as (log, progress):
     ...     log(Entry(5, 0, "train", {"loss": 1.0}))
     epoch 1/2  step 5      train  loss 1.000
     """
@@ -37,7 +40,7 @@ def watching(
     epochs = -(-total // steps_per_epoch)
     console = Console(highlight=False, soft_wrap=True)
     if not (console.is_terminal if terminal is None else terminal):
-        yield lambda entry: print(line(entry, epochs), flush=True), (total + 1, lambda step, state, logs: None)  # noqa: T201
+        yield lambda entry: print(line(entry, epochs), flush=True), lambda step, waited: None  # noqa: T201
         return
     columns = [
         TextColumn("{task.description}"),
@@ -47,24 +50,27 @@ def watching(
         TimeRemainingColumn(),
         TextColumn("{task.fields[values]}"),
     ]
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("compiling", total=total, completed=first, speed="", values="")
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("compiling", total=total, completed=first, speed="", values="")
+        since, shown = time.monotonic(), 0.0
 
         def log(entry: Entry) -> None:
             if entry.step % steps_per_epoch == 0 or entry.step == total:
                 console.print(line(entry, epochs))
             if entry.split == "train":
-                shown = "  ".join(f"{name} {value:#.3g}" for name, value in entry.values.items())
-                progress.update(task, values=shown)
+                values = "  ".join(f"{name} {value:#.3g}" for name, value in entry.values.items())
+                bar.update(task, values=values)
 
-        def advance(step: int, state: Any, logs: Any) -> None:
-            speed = progress.tasks[0].speed
-            progress.update(
-                task,
-                completed=step,
-                description=f"epoch {min(step // steps_per_epoch + 1, epochs)}/{epochs}",
-                speed="" if speed is None else f"{speed:,.0f} steps/s",
-            )
+        def progress(step: int, waited: float) -> None:
+            nonlocal shown
+            now = time.monotonic()
+            if now - shown < SHOW_EVERY and step < total:
+                return
+            shown = now
+            speed, share = bar.tasks[0].speed, waited / (now - since)
+            told = "" if speed is None else f"{speed:,.0f} steps/s"
+            told += "" if share < 0.05 else f", {share:.0%} waiting for data"
+            bar.update(task, completed=step, description=f"epoch {min(step // steps_per_epoch + 1, epochs)}/{epochs}", speed=told)
 
-        yield log, (max(1, total // 200), advance)
-        progress.update(task, completed=total)
+        yield log, progress
+        bar.update(task, completed=total)

@@ -14,10 +14,14 @@ RESIDENT_BYTES = 1 << 30  # arrays up to this size are kept on the device
 
 
 class Resident(NamedTuple):
-    """Data small enough to live on the device: a step's batch is `take(source(), rows(step))`."""
+    """Data small enough to live on the device: a step's batch is `take(source(), rows(step, 1))`.
+
+    `source()` is a tree of arrays whose first axis counts examples; `rows(step, steps)` numbers those of so many steps of one
+    epoch, one step's after another's.
+    """
 
     source: Callable[[], PyTree]
-    rows: Callable[[int], Int[np.ndarray, " batch"]]
+    rows: Callable[[int, int], Int[np.ndarray, " rows"]]
 
 
 class Batches(NamedTuple):
@@ -73,13 +77,13 @@ def arrays(
             return np.arange(n, dtype=np.int32)
         return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n).astype(np.int32)
 
-    def rows(step: int) -> Int[np.ndarray, " batch"]:
+    def rows(step: int, count: int) -> Int[np.ndarray, " rows"]:
         epoch, position = divmod(step, steps)
-        return order(epoch)[position * batch_size : (position + 1) * batch_size]
+        return order(epoch)[position * batch_size : (position + count) * batch_size]
 
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(host))
     return Batches(
-        batch=lambda step: take(host, rows(step)),
+        batch=lambda step: take(host, rows(step, 1)),
         shapes=jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((batch_size, *leaf.shape[1:]), leaf.dtype), host),
         steps_per_epoch=steps,
         examples=n,
@@ -116,10 +120,10 @@ def deferred(load: Callable[[], Batches], shapes: Any, examples: int) -> Batches
         assert found is not None
         return found.source()
 
-    def rows(step: int) -> Int[np.ndarray, " batch"]:
+    def rows(step: int, steps: int) -> Int[np.ndarray, " rows"]:
         found = loaded().resident
         assert found is not None
-        return found.rows(step)
+        return found.rows(step, steps)
 
     return Batches(
         batch=lambda step: loaded().batch(step),

@@ -1,20 +1,19 @@
 """The fold over batches: train, evaluate and predict with any learner."""
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import jax
-import jax.extend
 import numpy as np
 from jaxtyping import PyTree
 
-from research.data import Batches, take
+from research.compiled import Training, evaluation, prediction, sparing, training
+from research.data import Batches
+from research.feed import IN_FLIGHT, Ahead, Pace, Piece, kind, numbered, pieces, stretches
 from research.state import Refused
 from research.step import Learner
-
-T = TypeVar("T")
-IN_FLIGHT = 4  # batches that may be waiting for the device when the host brings them
 
 Hook = Callable[[int, Any, dict[str, Any]], Any]  # (steps done, state, logs) -> state or None
 
@@ -50,18 +49,22 @@ def train(
     hooks: Sequence[tuple[int, Hook]] = (),
     logs: dict[str, Any] | None = None,
     stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[int, float], None] = lambda step, waited: None,
 ) -> tuple[Any, dict[str, float]]:
     """Folds the learner's step over `steps` batches, or over `epochs`. Returns the state and the last values of every split.
 
     Metrics are reset at the start of each epoch; at its end, every data set of `evaluations` is evaluated. `log` receives an
-    `Entry` after the first step, every `log_every` steps and at the end of an epoch, always once the following step was
+    `Entry` after the first step, every `log_every` steps and at the end of an epoch, always once the following steps were
     dispatched: the device never waits for it. A hook `(every, hook)` is called after each `every`-th step and the last, before
     the next is dispatched; what it returns (if not None) is the state from there on; the state it sees is gone after that.
 
+    Between two hooks as many steps are dispatched at once as take about 30 ms, which changes no bit of the result. After each
+    dispatch `progress` is told how many steps are under way or done, and how many seconds were spent waiting for batches, and
+    `stop` is asked; where it says so, `Stopped` is raised with the state and the logs to go on from.
+
     `state` goes on from somewhere else (by default `learner.init()`), `start` is the number of steps it has behind it; `logs`,
     where given, are those of step `start`, and what is due there is logged and evaluated again. The state is donated: use the
-    one that is returned. `stop` is asked between dispatches; where it says so, `Stopped` is raised with the state and the logs
-    to go on from. Raises `Refused` where a batch does not fit the learner, before anything is run.
+    one that is returned. Raises `Refused` where a batch does not fit the learner, before anything is run.
 
     >>> import jax.numpy as jnp, keras, numpy as np, research
     >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
@@ -73,47 +76,56 @@ def train(
     """
     total = _total(steps, epochs, data)
     state = learner.init() if state is None else state
-    run = trainer(learner, data, state)
+    trained = training(learner, data, state)
     evaluators = {split: evaluator(learner, held, state, stop) for split, held in (evaluations or {}).items()}
     reset = sparing(learner.reset, state)
     last: dict[str, float] = {}
-    pending: list[tuple[int, int, str, PyTree]] = []
+    pending: list[tuple[int, str, PyTree, int | None]] = []
 
     def read() -> None:
-        for step, epoch, split, logs in pending:
-            values = _numbers(logs)
+        for step, split, logs, slot in pending:
+            values = _numbers(logs, slot)
             last.update({name if split == "train" else f"{split}_{name}": value for name, value in values.items()})
             if log is not None:
-                log(Entry(step, epoch, split, values))
+                log(Entry(step, (step - 1) // data.steps_per_epoch, split, values))
         pending.clear()
 
-    def note(done: int, state: Any, logs: PyTree) -> None:
-        """Puts down what is due after so many steps, to be read later."""
-        epoch = (done - 1) // data.steps_per_epoch
-        ends = done % data.steps_per_epoch == 0 or done == total
-        first = done == 1 and log is not None
-        if ends or first or (log_every is not None and done % log_every == 0):
-            pending.append((done, epoch, "train", logs))
-        if ends:
-            pending.extend((done, epoch, split, evaluate(state)) for split, evaluate in evaluators.items())
+    def ends(step: int) -> bool:
+        return step % data.steps_per_epoch == 0 or step == total
 
-    done = start
+    def note(first: int, done: int, logs: PyTree, each: PyTree) -> None:
+        """Puts down what is due after steps `first` to `done`, to be read later: the logs of `done`, and those of each."""
+        due = set() if log_every is None else set(range(first + -first % log_every, done + 1, log_every))
+        due |= {1} if first == 1 and log is not None else set()
+        due |= {done} if ends(done) else set()
+        for step in sorted(due):
+            pending.append((step, "train", logs, None) if step == done else (step, "train", each, step - first))
+
+    done, pace = start, Pace()
+    plan = stretches(start, total, [data.steps_per_epoch, *(every for every, _ in hooks)], pace, trained.capacity)
     try:
         if logs is not None and start:
-            note(start, state, logs)
-        for step in range(start, total):
-            if step % data.steps_per_epoch == 0:
-                state = reset(state)
-            state, logs = run(state, step)
-            read()  # the logs of an earlier step, now that this one is on its way
-            done = step + 1
-            for every, hook in hooks:
-                if done % every == 0 or done == total:
-                    changed = hook(done, state, logs)
-                    state = state if changed is None else changed
-            note(done, state, logs)
-            if stop() and done < total:
-                raise Stopped
+            note(start, start, logs, None)
+        if logs is not None and start and ends(start):
+            pending.extend((start, split, evaluate(state), None) for split, evaluate in evaluators.items())
+        with _fed(trained, data, plan) as (run, feed):
+            for piece in feed:
+                if piece.start % data.steps_per_epoch == 0:
+                    state = reset(state)
+                state, logs, each = run(state, piece)
+                read()  # the logs of earlier steps, now that these are on their way
+                done = piece.start + piece.steps
+                for every, hook in hooks:
+                    if done % every == 0 or done == total:
+                        changed = hook(done, state, logs)
+                        state = state if changed is None else changed
+                note(piece.start + 1, done, logs, each)
+                if ends(done):
+                    pending.extend((done, split, evaluate(state), None) for split, evaluate in evaluators.items())
+                progress(done, feed.waited)
+                if stop() and done < total:
+                    raise Stopped
+                pace.dispatched(logs, piece.steps)
     except Stopped:
         raise Stopped(done, state, logs) from None
     read()
@@ -143,46 +155,16 @@ def predict(learner: Learner, data: Batches, state: Any) -> PyTree:
     >>> predict(learner, research.arrays(np.arange(3.0)[:, None], shuffle=False, batch_size=2), learner.init()).tolist()
     [[0.0], [1.0], [2.0]]
     """
-    program = jax.jit(learner.predict)
-    outputs = [program(state, data.batch(step)) for step in range(data.steps_per_epoch)]
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *jax.device_get(outputs))
-
-
-def trainer(learner: Learner, data: Batches, state: Any) -> Callable[[Any, int], tuple[Any, dict[str, Any]]]:
-    """The learner's step, compiled, with its batches brought to it: (state, step) -> (state, logs). The state is donated.
-
-    Small data is put on the device here, once, and each batch gathered inside the program; of larger data the next batch is
-    on its way while the device works on one. Raises `Refused` where a batch does not fit the learner.
-
-    >>> import keras, numpy as np, research
-    >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
-    >>> learner = research.supervised(model, loss="mse")
-    >>> data, state = research.arrays(np.ones((4, 1)), np.ones((4, 1)), batch_size=2), learner.init()
-    >>> run = trainer(learner, data, state)
-    >>> for step in range(4):
-    ...     state, logs = run(state, step)
-    """
-
-    def train_step(state: Any, source: PyTree, batch: Any) -> tuple[Any, dict[str, Any]]:
-        return learner.train(state, batch if source is None else take(source, batch))
-
-    program = jax.jit(train_step, donate_argnums=0)
-    if data.resident is not None:
-        rows, source = data.resident.rows, jax.device_put(data.resident.source())
-        _fits(program.trace, data, state, source, rows(0))
-        return lambda state, step: program(state, source, rows(step))
-    batches = _ahead(data)
-    _fits(program.trace, data, state, None, data.batch(0))
-    in_flight: list[PyTree] = []
-
-    def run(state: Any, step: int) -> tuple[Any, dict[str, Any]]:
-        state, logs = program(state, None, batches(step))
-        in_flight.append(logs)
-        if len(in_flight) > IN_FLIGHT:  # without a bound the host would fill memory with batches
-            jax.block_until_ready(in_flight.pop(0))
-        return state, logs
-
-    return run
+    program = prediction(learner)
+    waiting: deque[PyTree] = deque()
+    outputs = []
+    with _brought(data) as batches:
+        for batch in batches:
+            waiting.append(program(state, batch))
+            if len(waiting) > IN_FLIGHT:
+                outputs.append(jax.device_get(waiting.popleft()))
+    outputs += jax.device_get(list(waiting))
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
 
 
 def evaluator(
@@ -203,92 +185,56 @@ def evaluator(
     """
     resident = data.resident
     source = None if resident is None else jax.device_put(resident.source())
-    batches = data.batch if resident is None else resident.rows
-
-    def evaluate_step(state: Any, source: PyTree, batch: Any) -> tuple[Any, dict[str, Any]]:
-        return learner.evaluate(state, batch if source is None else take(source, batch))
-
-    def program(batch: Any) -> Callable[..., tuple[Any, dict[str, Any]]]:
-        return _fits(functools.partial(sparing, evaluate_step), data, state, source, batch)
-
-    def size(batch: Any) -> tuple[Any, ...]:
-        return tuple(leaf.shape for leaf in jax.tree.leaves(batch))
-
+    batch = data.batch if resident is None else lambda step: resident.rows(step, 1)
+    programs = {kind(first): evaluation(learner, state, source, first, data) for first in [batch(0)]}
     reset = sparing(learner.reset, state)
-    programs = {size(batches(0)): program(batches(0))}
 
     def run(state: Any) -> dict[str, Any]:
         logs: dict[str, Any] = {}
         state = reset(state)
-        for step in range(data.steps_per_epoch):
-            batch = batches(step)
-            if size(batch) not in programs:  # a shorter last batch
-                programs[size(batch)] = program(batch)
-            state, logs = programs[size(batch)](state, source, batch)
-            if stop() and step + 1 < data.steps_per_epoch:
-                raise Stopped
+        with _brought(data) if resident is None else nullcontext(map(batch, range(data.steps_per_epoch))) as batches:
+            for step, each in enumerate(batches):
+                shape = kind(each)
+                if shape not in programs:  # a shorter last batch
+                    programs[shape] = evaluation(learner, state, source, each, data)
+                state, logs = programs[shape](state, source, each)
+                if stop() and step + 1 < data.steps_per_epoch:
+                    raise Stopped
         return logs
 
     return run
 
 
-def sparing(function: Callable[..., T], *args: Any) -> Callable[..., T]:
-    """Compiles a function for arguments like `args` so that leaves it hands through are not copied.
+class _Kept(Iterator[Piece]):
+    """Pieces of data that is on the device: nobody waits for them."""
 
-    A result that is one of the arguments comes back as that very array: evaluating a model returns its weights, and copying
-    them would cost more than many a batch.
+    waited = 0.0
 
-    >>> import jax.numpy as jnp
-    >>> weights, count = jnp.ones(1000), jnp.zeros(())
-    >>> program = sparing(lambda weights, count: (weights, count + 1), weights, count)
-    >>> same, moved = program(weights, count)
-    >>> same is weights, float(moved)
-    (True, 1.0)
-    """
-    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-    positions = {variable: i for i, variable in enumerate(closed.jaxpr.invars)}
-    handed = [positions.get(v) if isinstance(v, jax.extend.core.Var) else None for v in closed.jaxpr.outvars]
-    structure = jax.tree.structure(shapes)
-    flat = jax.extend.core.jaxpr_as_fun(closed)
+    def __init__(self, items: Iterator[Piece]) -> None:
+        self.items = items
 
-    def changing(*leaves: Any) -> list[Any]:
-        return [out for out, i in zip(flat(*leaves), handed, strict=True) if i is None]
-
-    changing.__name__ = function.__name__
-    program = jax.jit(changing)
-
-    def call(*args: Any) -> T:
-        leaves = jax.tree.leaves(args)
-        moved = iter(program(*leaves))
-        result: T = jax.tree.unflatten(structure, [next(moved) if i is None else leaves[i] for i in handed])
-        return result
-
-    return call
+    def __next__(self) -> Piece:
+        return next(self.items)
 
 
-def _ahead(data: Batches) -> Callable[[int], Any]:
-    """Each step's batch on the device, the next one already being brought there when a step is asked for."""
-    held: dict[int, Any] = {}
+@contextmanager
+def _fed(trained: Training, data: Batches, plan: Iterator[tuple[int, int]]) -> Iterator[tuple[Any, Any]]:
+    """A function that runs a piece's steps, (state, piece) -> (state, last logs, each step's logs), and the pieces of a plan."""
+    program, capacity = trained
 
-    def batch(step: int) -> Any:
-        found = held.pop(step) if step in held else jax.device_put(data.batch(step))
-        held.clear()
-        held[step + 1] = jax.device_put(data.batch(step + 1))
-        return found
+    if data.resident is not None:
+        source, size = jax.device_put(data.resident.source()), jax.tree.leaves(data.shapes)[0].shape[0]
+        found = numbered(plan, data.resident.rows, size, capacity)
+        yield (lambda state, p: program(state, source, p.batches, p.slots, np.int32(p.steps))), _Kept(found)
+        return
+    put = (piece._replace(batches=jax.device_put(piece.batches)) for piece in pieces(plan, data.batch, data.shapes, capacity))
+    with Ahead(put) as ahead:
+        yield (lambda state, p: program(state, None, p.batches, p.slots, np.int32(p.steps))), ahead
 
-    return batch
 
-
-def _fits(trace: Callable[..., T], data: Batches, *args: Any) -> T:
-    """Traces a program before anything is run: what does not fit shows here, as one line."""
-    try:
-        return trace(*args)
-    except Refused:
-        raise
-    except (TypeError, ValueError) as error:
-        batch = jax.tree_util.tree_leaves_with_path(data.shapes)
-        shapes = ", ".join(f"{jax.tree_util.keystr(path).strip('.')} {leaf.dtype}{list(leaf.shape)}" for path, leaf in batch)
-        raise Refused(f"a batch does not fit the learner ({shapes}): {' '.join(str(error).split())}") from error
+def _brought(data: Batches) -> Ahead[Any]:
+    """The batches of one pass, on the device, the next on their way while one is worked on."""
+    return Ahead(jax.device_put(data.batch(step)) for step in range(data.steps_per_epoch))
 
 
 def _total(steps: int | None, epochs: int | None, data: Batches) -> int:
@@ -299,10 +245,11 @@ def _total(steps: int | None, epochs: int | None, data: Batches) -> int:
     return min(wanted)
 
 
-def _numbers(logs: PyTree) -> dict[str, float]:
-    """Logs as plain numbers; a vector becomes a number for each of its entries."""
+def _numbers(logs: PyTree, slot: int | None = None) -> dict[str, float]:
+    """Logs, or those in one slot of many, as plain numbers; a vector becomes a number for each of its entries."""
     numbers: dict[str, float] = {}
-    for name, value in jax.device_get(logs).items():
+    found = jax.device_get(logs)
+    for name, value in (found if slot is None else {name: each[slot] for name, each in found.items()}).items():
         if np.ndim(value) == 0:
             numbers[name] = float(value)
         else:

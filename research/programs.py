@@ -4,9 +4,7 @@ import contextlib
 import itertools
 import signal
 import threading
-import time
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,12 +13,9 @@ import keras
 import numpy as np
 from jaxtyping import PyTree
 
+from research.compiled import STACKED_BYTES, STACKED_STEPS
+from research.feed import Pace, kind, stacked
 from research.transforms import fuse, loops_well
-
-FUSED_STEPS = 32  # at most so many steps in one program,
-FUSED_SECONDS = 0.03  # and about so much time, for the progress bar and Ctrl-C
-FUSED_BYTES = 1 << 17  # batches are copied together first: larger ones would cost more than is gained
-IN_FLIGHT = 2  # dispatches that the device may be behind
 
 
 class Loop:
@@ -40,31 +35,13 @@ class Loop:
         self.failure: Exception | None = None
         self.capacity = 0
         self.full: Any = None
-        self.running: deque[tuple[Any, int]] = deque()
-        self.since = 0.0
-        self.pace = 1  # steps in the next dispatch
+        self.pace = Pace()
 
     def begin(self, execution: int, left: int | None) -> None:
         """Another execution is about to be asked for."""
         self.left, self.first = left, execution == 0
         if self.first:
             self.done, self.failure = 0, None
-
-    def ran(self, logs: Any, steps: int) -> None:
-        """So many steps were dispatched. Waits for those before the last, and suits the next number to the time they took."""
-        self.running.append((logs, steps))
-        if len(self.running) > IN_FLIGHT:
-            logs, steps = self.running.popleft()
-            jax.block_until_ready(logs)
-            now = time.perf_counter()
-            if self.since:
-                self.pace = max(1, min(2 * self.pace, int(FUSED_SECONDS * steps / (now - self.since))))
-            self.since = now
-
-    def rest(self) -> None:
-        """Time passes in which no step is run."""
-        self.running.clear()
-        self.since = 0.0
 
 
 class Program:
@@ -118,10 +95,10 @@ class Program:
         unit = self.model.steps_per_execution
         batches = [next(iterator)]
         if loop.first or not loop.capacity:
-            loop.full, loop.capacity = _shapes(batches[0]), self._capacity(batches[0], loop)
+            loop.full, loop.capacity = kind(batches[0]), self._capacity(batches[0], loop)
         executions = 1
         if loop.fusing and not (loop.alone and loop.first):
-            executions = max(1, min(loop.pace, loop.capacity) // unit)
+            executions = max(1, min(loop.pace.steps, loop.capacity) // unit)
             executions = executions if loop.left is None else min(executions, loop.left)
         try:
             batches.extend(itertools.islice(iterator, executions * unit - 1))
@@ -139,20 +116,20 @@ class Program:
         if unit == 1 and not loop.fusing:
             return 1
         size = sum(leaf.nbytes for leaf in leaves)
-        if size > FUSED_BYTES:
+        if size > STACKED_BYTES:
             return 1
-        return FUSED_STEPS if loop.left is None else min(FUSED_STEPS, loop.left * unit)
+        return STACKED_STEPS if loop.left is None else min(STACKED_STEPS, loop.left * unit)
 
     def _run(self, state: PyTree, batches: list[Any], loop: Loop) -> tuple[PyTree, Any]:
         """The state after a step over each batch, and the last logs."""
         logs: Any = {}
-        for shapes, alike in itertools.groupby(batches, _shapes):
+        for shapes, alike in itertools.groupby(batches, kind):
             group = list(alike)
             while group:
                 piece, group = group[: loop.capacity], group[loop.capacity :]
                 fused = loop.capacity > 1 and (len(piece) > 1 or shapes == loop.full)
                 state, logs = self._fused(state, piece, loop.capacity) if fused else self._single(state, piece)
-        loop.ran(logs, len(batches))
+        loop.pace.dispatched(logs, len(batches))
         return state, logs
 
     def _single(self, state: PyTree, batches: list[Any]) -> tuple[PyTree, Any]:
@@ -171,25 +148,25 @@ class Program:
 
     def _fused(self, state: PyTree, batches: list[Any], capacity: int) -> tuple[PyTree, Any]:
         """All steps as one program, or one by one where a loop would be slower or can't be."""
-        kind = (_shapes(batches[0]), capacity)
-        if self.fusable.get(kind) is False:
+        shape = (kind(batches[0]), capacity)
+        if self.fusable.get(shape) is False:
             return self._single(state, batches)
-        arguments = (state, _stacked(batches, capacity), np.int32(len(batches)))
-        if kind not in self.fusable:
-            program = self.programs.setdefault("fused", jax.jit(fuse(self.step), donate_argnums=0))
+        arguments = (state, stacked(batches, capacity), np.int32(len(batches)))
+        if shape not in self.fusable:
+            program = self.programs.setdefault("fused", jax.jit(_last(fuse(self.step)), donate_argnums=0))
             try:
-                self.fusable[kind] = loops_well(program.trace(*arguments))
+                self.fusable[shape] = loops_well(program.trace(*arguments))
             except TypeError:  # a step that changes its state's types has no loop
-                self.fusable[kind] = False
+                self.fusable[shape] = False
             return self._fused(state, batches, capacity)
         return self._call("fused", arguments)
 
     def _call(self, name: str, arguments: tuple[Any, ...]) -> tuple[PyTree, Any]:
         """Runs a program. From here until Keras has stored the state, Ctrl-C has to wait: the old one is donated."""
-        kind = (name, _shapes(arguments[1:]))
-        if kind not in self.known:
+        shape = (name, kind(arguments[1:]))
+        if shape not in self.known:
             self.programs[name].lower(*arguments).compile()  # may take long, and may be interrupted
-            self.known.add(kind)
+            self.known.add(shape)
         self.interrupts.defer()
         state, logs = self.programs[name](*arguments)
         self.state = state
@@ -322,24 +299,11 @@ def _lost(variable: keras.Variable) -> bool:
         return True
 
 
-def _shapes(tree: PyTree) -> Any:
-    """What tells one program's arguments from another's."""
-    leaves, structure = jax.tree.flatten(tree)
-    return structure, tuple((np.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves)
+def _last(fused: Callable[..., tuple[PyTree, Any]]) -> Callable[..., tuple[PyTree, Any]]:
+    """A fused step with the logs of its last step alone."""
 
+    def last(state: PyTree, batches: PyTree, count: Any) -> tuple[PyTree, Any]:
+        state, each = fused(state, batches, count)
+        return state, jax.tree.map(lambda logs: logs[count - 1], each)
 
-def _stacked(batches: list[Any], length: int) -> PyTree:
-    """Batches along a new first axis of this length; what is behind the last of them has no meaning."""
-
-    def stack(*leaves: Any) -> Any:
-        if isinstance(leaves[0], jax.Array) and jax.default_backend() != "cpu":
-            return _stack([*leaves, *[leaves[-1]] * (length - len(leaves))])
-        stacked = np.empty((length, *leaves[0].shape), leaves[0].dtype)
-        for i, leaf in enumerate(leaves):
-            stacked[i] = leaf
-        return stacked
-
-    return jax.tree.map(stack, *batches)
-
-
-_stack = jax.jit(jnp.stack)
+    return last

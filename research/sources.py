@@ -117,7 +117,8 @@ def _arrays(tree: PyTree) -> PyTree:
 
 def _array(leaf: Any) -> np.ndarray:
     array = np.asarray(leaf)
-    return array.astype(np.float32) if array.dtype == np.float64 else array
+    # A copy: a data set may fill the same array again while JAX still reads what it held, on the CPU without one of its own.
+    return array.astype(np.float32 if array.dtype == np.float64 else array.dtype)
 
 
 def _length(source: Any) -> int | None:

@@ -18,30 +18,33 @@ S = TypeVar("S")
 
 
 def fuse(step: Callable[[S, Any], tuple[S, Logs]]) -> Callable[[S, PyTree, int | Int[Array, ""]], tuple[S, Logs]]:
-    """Several steps as one: (state, batches, count) -> (state, logs of the last).
+    """Several steps as one: (state, batches, count) -> (state, logs of each step).
 
     Every leaf of `batches` has one more axis in front, a batch each; the first `count` of them are used. `count` may be traced,
-    so that one program serves any number of steps up to the length of that axis. Equal to as many single steps, bit for bit
-    where XLA compiles a step inside a loop as it does outside: see `loops_well`.
+    so that one program serves any number of steps up to the length of that axis. The logs have that axis too; they are zero from
+    `count` on. Equal to as many single steps, bit for bit where XLA compiles a step inside a loop as it does outside: see
+    `loops_well`.
 
     >>> def step(state, batch):
     ...     return state + batch, {"seen": batch}
     >>> state, logs = jax.jit(fuse(step))(jnp.zeros(()), jnp.arange(4.0), 3)
-    >>> float(state), float(logs["seen"])
-    (3.0, 2.0)
+    >>> float(state), logs["seen"].tolist()
+    (3.0, [0.0, 1.0, 2.0, 0.0])
     """
 
     def fused(state: S, batches: PyTree, count: int | Int[Array, ""]) -> tuple[S, Logs]:
         one = jax.jit(step)  # traced once, for its shapes and for the loop
+        length = len(jax.tree.leaves(batches)[0])
 
         def body(i: Any, carry: tuple[S, Logs]) -> tuple[S, Logs]:
-            # The barriers keep XLA from mixing a step with what is around it: it rounds as it does alone.
+            before, logs = carry
             batch = jax.tree.map(lambda leaf: leaf[i], batches)
-            after: tuple[S, Logs] = jax.lax.optimization_barrier(one(*jax.lax.optimization_barrier((carry[0], batch))))
-            return after
+            # The barriers keep XLA from mixing a step with what is around it: it rounds as it does alone.
+            after, now = jax.lax.optimization_barrier(one(*jax.lax.optimization_barrier((before, batch))))
+            return after, jax.tree.map(lambda all, each: all.at[i].set(each), logs, now)
 
         _, shapes = jax.eval_shape(one, state, jax.tree.map(lambda leaf: leaf[0], batches))
-        logs = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        logs = jax.tree.map(lambda leaf: jnp.zeros((length, *leaf.shape), leaf.dtype), shapes)
         after: tuple[S, Logs] = jax.lax.fori_loop(0, count, body, (state, logs))
         return after
 

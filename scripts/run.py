@@ -25,6 +25,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -126,7 +127,7 @@ def arguments_of(config: type) -> type:
 
 def run(name: str, module: Any, config: Any, options: Options) -> int:
     """Trains an experiment into its run directory, from where it stopped, and draws and reports what came of it."""
-    from research import checkpoint, record
+    from research import checkpoint, compiled, record
 
     compilation_cache()
     directory = options.run_dir or record.new_directory(name, Path("runs"))
@@ -135,10 +136,14 @@ def run(name: str, module: Any, config: Any, options: Options) -> int:
         print(f"{directory}: this run is finished; open {directory / 'report.html'}")
         return 0
     splits = module.data(config)
-    splits["train"].batch(0)  # what is wrong with the data is said before anything is written
-    learner = module.build(config)
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(splits["train"].batch, 0)  # while the network is built and compiled
+        learner = module.build(config)
+        start = learner.init()
+        compiled.ahead(learner, splits["train"], start)
+        loading.result()  # what is wrong with the data is said before anything is written
     with record.held(run):
-        at = checkpoint.Checkpoint(0, learner.init(), None)
+        at = checkpoint.Checkpoint(0, start, None)
         newest = checkpoint.newest(run.checkpoints, lambda line: print(line, file=sys.stderr))
         if newest is not None:
             at = checkpoint.restore(newest, at.state, learner.names)
@@ -239,8 +244,9 @@ def train(
                 log=log,
                 evaluations={"val": splits["val"]} if "val" in splits else {},
                 # A checkpoint comes last: what it has behind it is on the disk.
-                hooks=[progress, *drawing, (looks, weights), (every, waited), (every, save)],
+                hooks=[*drawing, (looks, weights), (every, waited), (every, save)],
                 stop=asked,
+                progress=progress,
             )
         except loop.Stopped as stop:
             save(stop.step, stop.state, stop.logs)

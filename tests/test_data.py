@@ -34,7 +34,7 @@ def test_rows_of_resident_data_are_the_batches() -> None:
     data = arrays({"a": X, "b": Y}, Y, np.ones(10), batch_size=4, seed=1)
     assert data.resident is not None
     for step in range(4):
-        gathered = jax.jit(take)(data.resident.source(), data.resident.rows(step))
+        gathered = jax.jit(take)(data.resident.source(), data.resident.rows(step, 1))
         jax.tree.map(np.testing.assert_array_equal, gathered, data.batch(step))
 
 
@@ -58,7 +58,7 @@ def test_deferred_data_is_known_before_it_is_loaded() -> None:
     assert (data.steps_per_epoch, data.examples, loads) == (3, 10, [])
     assert data.batch(2).y.tolist() == [8, 9]
     assert data.resident is not None
-    assert data.resident.rows(0).tolist() == [0, 1, 2, 3]
+    assert data.resident.rows(0, 1).tolist() == [0, 1, 2, 3]
     assert loads == [1]
     with pytest.raises(research.Refused, match="expected 11"):
         deferred(load, shapes, 11).batch(0)

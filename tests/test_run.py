@@ -200,15 +200,15 @@ def test_a_terminal_gets_a_bar_and_a_line_for_each_epoch(capsys: pytest.CaptureF
     from research.console import watching
     from research.loop import Entry
 
-    with watching(10, 5, terminal=True) as (log, (every, advance)):
+    with watching(10, 5, terminal=True) as (log, progress):
         for step in range(1, 11):
-            if step % every == 0:
-                advance(step, None, {})
             log(Entry(step, (step - 1) // 5, "train", {"loss": 1.0 / step}))
+            progress(step, waited=1.0)
     shown = capsys.readouterr().out
     assert "epoch 1/2  step 5" in shown
     assert "step 3" not in shown
     assert "10/10" in shown
+    assert "% waiting for data" in shown
 
 
 def test_the_runner_has_no_knowledge_of_single_experiments() -> None:
