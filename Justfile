@@ -44,6 +44,12 @@ conformance *args: _peers
 backends *args: _peers
     @exec "{{ peers }}/python" "{{ root }}/scripts/backends.py" "$@"
 
+# Our speed beside JAX by hand, Keras on three backends, PyTorch and Flax: `just bench`, or `just bench digits-mlp-32 ...`.
+[no-cd]
+[no-exit-message]
+bench *args: _peers
+    @exec "{{ peers }}/python" "{{ root }}/scripts/bench.py" "$@"
+
 # Everything that CI checks: format, lint, types, tests and doctests, then what needs TensorFlow and PyTorch.
 [no-exit-message]
 test *args: _dev _peers

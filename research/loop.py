@@ -112,7 +112,8 @@ def train(
             for piece in feed:
                 if piece.start % data.steps_per_epoch == 0:
                     state = reset(state)
-                state, logs, each = run(state, piece)
+                with jax.profiler.StepTraceAnnotation("train", step_num=piece.start):
+                    state, logs, each = run(state, piece)
                 read()  # the logs of earlier steps, now that these are on their way
                 done = piece.start + piece.steps
                 for every, hook in hooks:
@@ -127,6 +128,8 @@ def train(
                     raise Stopped
                 pace.dispatched(logs, piece.steps)
     except Stopped:
+        pending[:] = [each for each in pending if each[0] < done]  # going on logs the others
+        read()
         raise Stopped(done, state, logs) from None
     read()
     return state, last

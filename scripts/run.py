@@ -43,6 +43,10 @@ class Options:
     """Steps between two logs within an epoch."""
     checkpoint_every: int = 1000
     """Steps between two checkpoints; 0 for one at the end alone."""
+    profile: tuple[int, int] | None = None
+    """The first and last step of a trace by JAX's profiler, kept in the run's profile/."""
+    compiler_flags: bool = True
+    """Whether compilers are told what is advised for their chips (research/flags.py)."""
 
 
 class Recorded(NamedTuple):
@@ -127,8 +131,10 @@ def arguments_of(config: type) -> type:
 
 def run(name: str, module: Any, config: Any, options: Options) -> int:
     """Trains an experiment into its run directory, from where it stopped, and draws and reports what came of it."""
-    from research import checkpoint, compiled, record
+    from research import checkpoint, compiled, flags, record
 
+    if options.compiler_flags:
+        flags.advise(os.environ)
     compilation_cache()
     directory = options.run_dir or record.new_directory(name, Path("runs"))
     run, finished = record.open_run(directory, name, dataclasses.asdict(config))
@@ -147,7 +153,9 @@ def run(name: str, module: Any, config: Any, options: Options) -> int:
         newest = checkpoint.newest(run.checkpoints, lambda line: print(line, file=sys.stderr))
         if newest is not None:
             at = checkpoint.restore(newest, at.state, learner.names)
-        record.begin(run, {"log_every": options.log_every, "checkpoint_every": options.checkpoint_every}, at.step)
+        kept = dataclasses.asdict(options)
+        del kept["run_dir"], kept["profile"]  # said anew each time
+        record.begin(run, kept, at.step)
         return go_on(run, module, learner, splits, config, options, at)
 
 
@@ -210,6 +218,7 @@ def train(
         console.watching(total, data.steps_per_epoch, at.step) as (show, progress),
         tensorboard.recording(run.directory / "tensorboard", learner.names, known, at.step) as (point, weights, waited),
         checkpoint.saving(run.checkpoints, learner.names) as save,
+        traces(run.directory / "profile", options.profile) as traced,
     ):
 
         def log(entry: loop.Entry) -> None:
@@ -223,6 +232,10 @@ def train(
             record.append(run, entry)
             point(entry)
             show(entry)
+
+        def told(step: int, waited: float) -> None:
+            summary["seconds_waiting_for_data"] = waited
+            progress(step, waited)
 
         def draw(step: int, state: Any, logs: Any) -> None:
             record.draw(run, module.each_epoch(config, learner, state, splits), epoch=-(-step // data.steps_per_epoch))
@@ -244,9 +257,9 @@ def train(
                 log=log,
                 evaluations={"val": splits["val"]} if "val" in splits else {},
                 # A checkpoint comes last: what it has behind it is on the disk.
-                hooks=[*drawing, (looks, weights), (every, waited), (every, save)],
+                hooks=[*traced, *drawing, (looks, weights), (every, waited), (every, save)],
                 stop=asked,
-                progress=progress,
+                progress=told,
             )
         except loop.Stopped as stop:
             save(stop.step, stop.state, stop.logs)
@@ -255,6 +268,13 @@ def train(
             values = loop.evaluate(learner, splits["test"], trained, asked)
             log(loop.Entry(total, max(0, total - 1) // data.steps_per_epoch, "test", values))
     return trained
+
+
+def traces(directory: Path, steps: tuple[int, int] | None) -> Any:
+    """Hooks that trace these steps, where there are any."""
+    from research import profiling
+
+    return contextlib.nullcontext([]) if steps is None else profiling.tracing(directory, *steps)
 
 
 def finish(

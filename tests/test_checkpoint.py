@@ -235,7 +235,7 @@ def test_stopping_after_any_step_and_going_on_gives_the_same_state_and_the_same_
     made = learner()
     state, last = run(checkpoint.Checkpoint(0, made.init(), None), made, wanted, lambda: False)
     asked = 0
-    for moment in range(0, 40, 2):  # asked after each step, and between the batches of each evaluation
+    for moment in range(30):  # asked after each dispatch, and between the batches of each evaluation
         entries: list[Entry] = []
         count = iter(range(1000))
         try:
