@@ -16,9 +16,9 @@ def tracing(directory: Path, first: int, last: int) -> Iterator[list[tuple[int, 
     """Hooks for `loop.train` that trace steps `first` to `last`, counted from 1, with JAX's profiler.
 
     The trace is for `xprof --logdir DIRECTORY` (a package of its own) or TensorBoard with its profile plugin, and, as
-    `perfetto_trace.json.gz`, for Perfetto. The device is waited for before and after, so that the trace holds these steps and no other; each
-    dispatch is marked with the number of its first step, counted from 0. Leaving the context ends a trace that training did not
-    come to the end of. Raises `Refused` where the steps are none.
+    `perfetto_trace.json.gz`, for Perfetto. The device is waited for before and after, so that the trace holds these steps and no
+    other; each dispatch is marked with the number of its first step, counted from 0. Leaving the context ends a trace that
+    training did not come to the end of. Raises `Refused` where the steps are none.
 
     >>> with tracing(Path("there"), 11, 20) as hooks:
     ...     [every for every, _ in hooks]
