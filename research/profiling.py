@@ -25,9 +25,7 @@ def tracing(directory: Path, first: int, last: int) -> Iterator[list[tuple[int, 
     [10, 20]
     """
     if not 1 <= first <= last:
-        raise Refused(
-            f"a trace of steps {first} to {last}: expected the first of them, from 1 on, and a last that is not before it."
-        )
+        raise Refused(f"a trace of steps {first} to {last}: expected two numbers from 1 on, the second no less than the first.")
     running = False
 
     def start(step: int, state: Any, logs: Any) -> None:
