@@ -80,7 +80,7 @@ def train(
     evaluators = {split: evaluator(learner, held, state, stop) for split, held in (evaluations or {}).items()}
     reset = sparing(learner.reset, state)
     last: dict[str, float] = {}
-    pending: list[tuple[int, str, PyTree, int | None]] = []
+    pending: list[tuple[int, str, dict[str, Any], int | None]] = []
 
     def read() -> None:
         for step, split, logs, slot in pending:
@@ -93,21 +93,23 @@ def train(
     def ends(step: int) -> bool:
         return step % data.steps_per_epoch == 0 or step == total
 
-    def note(first: int, done: int, logs: PyTree, each: PyTree) -> None:
+    def note(first: int, done: int, state: Any, logs: PyTree, each: PyTree = None) -> None:
         """Puts down what is due after steps `first` to `done`, to be read later: the logs of `done`, and those of each."""
         due = set() if log_every is None else set(range(first + -first % log_every, done + 1, log_every))
         due |= {1} if first == 1 and log is not None else set()
         due |= {done} if ends(done) else set()
         for step in sorted(due):
             pending.append((step, "train", logs, None) if step == done else (step, "train", each, step - first))
+        if ends(done):
+            pending.extend((done, split, evaluate(state), None) for split, evaluate in evaluators.items())
+        for value in [value for _, _, logs, _ in pending for value in logs.values() if isinstance(value, jax.Array)]:
+            value.copy_to_host_async()
 
     done, pace = start, Pace()
     plan = stretches(start, total, [data.steps_per_epoch, *(every for every, _ in hooks)], pace, trained.capacity)
     try:
         if logs is not None and start:
-            note(start, start, logs, None)
-        if logs is not None and start and ends(start):
-            pending.extend((start, split, evaluate(state), None) for split, evaluate in evaluators.items())
+            note(start, start, state, logs)
         with _fed(trained, data, plan) as (run, feed):
             for piece in feed:
                 if piece.start % data.steps_per_epoch == 0:
@@ -120,9 +122,7 @@ def train(
                     if done % every == 0 or done == total:
                         changed = hook(done, state, logs)
                         state = state if changed is None else changed
-                note(piece.start + 1, done, logs, each)
-                if ends(done):
-                    pending.extend((done, split, evaluate(state), None) for split, evaluate in evaluators.items())
+                note(piece.start + 1, done, state, logs, each)
                 progress(done, feed.waited)
                 if stop() and done < total:
                     raise Stopped
@@ -248,11 +248,11 @@ def _total(steps: int | None, epochs: int | None, data: Batches) -> int:
     return min(wanted)
 
 
-def _numbers(logs: PyTree, slot: int | None = None) -> dict[str, float]:
+def _numbers(logs: dict[str, Any], slot: int | None = None) -> dict[str, float]:
     """Logs, or those in one slot of many, as plain numbers; a vector becomes a number for each of its entries."""
     numbers: dict[str, float] = {}
-    found = jax.device_get(logs)
-    for name, value in (found if slot is None else {name: each[slot] for name, each in found.items()}).items():
+    for name, log in logs.items():
+        value = np.asarray(log) if slot is None else np.asarray(log)[slot]
         if np.ndim(value) == 0:
             numbers[name] = float(value)
         else:
