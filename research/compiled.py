@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 from research.data import Batches, take
 from research.feed import kind, loopable
 from research.measures import Logs
+from research.pooling import repooled
 from research.state import Refused
 from research.step import Learner
 from research.transforms import fuse, loops_well
@@ -171,6 +172,7 @@ def _sparing(function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..
 
 def _train_programs(train: Callable[..., tuple[Any, Logs]]) -> tuple[Any, Any]:
     """A step with its batch gathered, and as many as are asked for in one program."""
+    train = repooled(train)
 
     @jax.jit
     def train_step(state: Any, source: PyTree, batch: Any) -> tuple[Any, Logs]:
@@ -188,6 +190,8 @@ def _train_programs(train: Callable[..., tuple[Any, Logs]]) -> tuple[Any, Any]:
 
 
 def _evaluate_step(evaluate: Callable[..., tuple[Any, Logs]]) -> Callable[..., tuple[Any, Logs]]:
+    evaluate = repooled(evaluate)
+
     def evaluate_step(state: Any, source: PyTree, batch: Any) -> tuple[Any, Logs]:
         return evaluate(state, batch if source is None else take(source, batch))
 
@@ -195,10 +199,7 @@ def _evaluate_step(evaluate: Callable[..., tuple[Any, Logs]]) -> Callable[..., t
 
 
 def _predict_step(predict: Callable[[Any, Any], PyTree]) -> Callable[[Any, Any], PyTree]:
-    def predict_step(state: Any, batch: Any) -> PyTree:
-        return predict(state, batch)
-
-    return jax.jit(predict_step)
+    return jax.jit(repooled(predict))
 
 
 def _source(data: Batches) -> PyTree:

@@ -101,16 +101,20 @@ def loops_well(program: jax.stages.Traced) -> bool:
     """
     if jax.default_backend() != "cpu":
         return True
-    return all(equation.primitive.name != "conv_general_dilated" for equation in _equations(program.jaxpr.jaxpr))
+    return all(equation.primitive.name != "conv_general_dilated" for equation in equations(program.jaxpr.jaxpr))
 
 
-def _equations(jaxpr: Any) -> Iterator[Any]:
-    """Every equation of a program, those of the programs inside it too."""
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Every equation of a program, those of the programs inside it too.
+
+    >>> [e.primitive.name for e in equations(jax.make_jaxpr(lambda x: jax.jit(jnp.sin)(x) + 1)(0.0).jaxpr)]
+    ['jit', 'sin', 'add']
+    """
     for equation in jaxpr.eqns:
         yield equation
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
             if _is_program(inner):
-                yield from _equations(getattr(inner, "jaxpr", inner))
+                yield from equations(getattr(inner, "jaxpr", inner))
 
 
 def _is_program(value: Any) -> bool:

@@ -1,0 +1,123 @@
+"""Max-pooling computed the fast way gives the same bits, forth and back, wherever it is used and whatever is in the windows."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import research
+from research.pooling import repooled
+from research.transforms import equations
+
+RNG = np.random.default_rng(0)
+POOLINGS = {
+    "1d": (layers.MaxPooling1D, (3, 9, 2), {"pool_size": 2}),
+    "2d": (layers.MaxPooling2D, (3, 8, 6, 2), {"pool_size": 2}),
+    "2d with a rest": (layers.MaxPooling2D, (3, 7, 11, 2), {"pool_size": (3, 2)}),
+    "2d same without padding": (layers.MaxPooling2D, (3, 8, 6, 2), {"pool_size": 2, "padding": "same"}),
+    "3d": (layers.MaxPooling3D, (2, 4, 5, 6, 2), {"pool_size": 2}),
+    "large windows": (layers.MaxPooling2D, (1, 24, 24, 1), {"pool_size": 12}),
+}
+OTHERS = {
+    "2d same with padding": (layers.MaxPooling2D, (3, 7, 7, 2), {"pool_size": 2, "padding": "same"}),
+    "2d overlapping": (layers.MaxPooling2D, (3, 8, 8, 2), {"pool_size": 3, "strides": 2}),
+    "2d with gaps": (layers.MaxPooling2D, (3, 9, 9, 2), {"pool_size": 2, "strides": 3}),
+    "average": (layers.AveragePooling2D, (3, 8, 8, 2), {"pool_size": 2}),
+}
+
+
+def values(shape: tuple[int, ...], kind: str) -> np.ndarray:
+    x = RNG.normal(size=shape).astype("float32")
+    return {
+        "distinct": x,
+        "ties": np.round(x),
+        "mostly zero": np.maximum(x, 0) * (x > 1),
+        "infinite": np.where(x > 0, np.inf, -np.inf),
+    }[kind].astype("float32")
+
+
+def primitives(function: Any, *args: Any) -> set[str]:
+    return {equation.primitive.name for equation in equations(jax.make_jaxpr(function)(*args).jaxpr)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["distinct", "ties", "mostly zero", "infinite"])
+@pytest.mark.parametrize("name", [*POOLINGS, *OTHERS])
+def test_values_and_gradients_are_the_same_bits(name: str, kind: str, dtype: str) -> None:
+    layer, shape, options = {**POOLINGS, **OTHERS}[name]
+    pool, x = layer(**options, dtype=dtype), jnp.asarray(values(shape, kind), dtype)
+    weights = jnp.asarray(RNG.normal(size=pool(x).shape), dtype)
+
+    def both(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        pooled, back = jax.vjp(pool, x)
+        return pooled, back(weights)[0]
+
+    for wanted, found in zip(jax.jit(both)(x), jax.jit(repooled(both))(x), strict=True):
+        assert found.dtype == wanted.dtype
+        np.testing.assert_array_equal(np.asarray(found, "float32"), np.asarray(wanted, "float32"))
+    replaced = {"reduce_window_max", "select_and_scatter_add"} & primitives(repooled(both), x)
+    assert bool(replaced) == (name in OTHERS and name != "average")
+
+
+def convnet() -> keras.Model:
+    keras.utils.set_random_seed(0)
+    inner = keras.Sequential([layers.Conv2D(4, 3, activation="relu"), layers.MaxPooling2D()])
+    return keras.Sequential(
+        [
+            keras.Input((14, 14, 1)),
+            inner,
+            layers.Dropout(0.2),
+            layers.Conv2D(4, 3),
+            layers.MaxPooling2D(),
+            layers.Flatten(),
+            layers.Dense(3),
+        ]
+    )
+
+
+X, Y = RNG.normal(size=(40, 14, 14, 1)).astype("float32"), RNG.integers(0, 3, 40)
+
+
+def fitted(fit: Any) -> tuple[list[np.ndarray], Any, np.ndarray]:
+    model = convnet()
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+    history = fit(model, X, Y, batch_size=8, epochs=2, shuffle=False, verbose=0, validation_data=(X, Y)).history
+    return [np.array(v) for v in model.variables], history, model.predict(X, verbose=0)
+
+
+@pytest.mark.slow
+def test_a_convolutional_network_trains_to_the_bits_of_keras_fit_without_walking_windows() -> None:
+    weights, history, _ = fitted(keras.Model.fit)
+    ours, logs, _ = fitted(research.fit)
+    assert logs == history
+    learner = research.supervised(
+        convnet(), loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True), optimizer="adam", metrics=["accuracy"]
+    )
+    held = research.arrays(X, Y.astype("int32"), batch_size=8, shuffle=False)
+    state, _ = research.train(learner, held, epochs=2)
+    for wanted, found in zip(weights, ours, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    model = convnet()
+    research.write_back(state, model)
+    for wanted, trained in zip(weights, model.variables, strict=True):
+        np.testing.assert_array_equal(trained, wanted)
+    batch = held.batch(0)
+    assert "select_and_scatter_add" in primitives(learner.train, state, batch)
+    assert not {"reduce_window_max", "select_and_scatter_add"} & primitives(repooled(learner.train), state, batch)
+
+
+def test_what_is_not_compiled_is_left_alone() -> None:
+    seen: list[bool] = []
+
+    def noticed(x: jax.Array) -> jax.Array:
+        seen.append(isinstance(x, jax.core.Tracer))
+        return layers.MaxPooling1D(2)(x)
+
+    with jax.disable_jit():
+        repooled(noticed)(jnp.ones((1, 4, 1)))
+    repooled(noticed)(jnp.ones((1, 4, 1)))
+    assert seen == [False, True]
