@@ -78,13 +78,13 @@ def looped(step: Step, data: Batch) -> Epoch:
     """An epoch as calls of a program, one for each batch."""
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def each(state: State, data: Batch, rows: Array) -> State:
-        return step(state, taken(data, rows))
+    def each(state: State, data: Batch, order: Array) -> State:
+        return step(state, taken(data, order[state.step % len(order)]))
 
     def epoch(state: State, order: np.ndarray) -> State:
-        state = begun(state)
-        for rows in order:
-            state = each(state, data, rows)
+        state, order = begun(state), jax.device_put(order)
+        for _ in range(len(order)):
+            state = each(state, data, order)
         return state
 
     return epoch
