@@ -47,7 +47,7 @@ backends *args: _peers
 # Our speed beside JAX by hand, Keras on three backends, PyTorch and Flax: `just bench`, or `just bench digits-mlp-32 ...`.
 [no-cd]
 [no-exit-message]
-bench *args: _peers
+bench *args: _core _peers
     @exec "{{ peers }}/python" "{{ root }}/scripts/bench.py" "$@"
 
 # Everything that CI checks: format, lint, types, tests and doctests, then what needs TensorFlow and PyTorch.

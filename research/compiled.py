@@ -7,13 +7,14 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.extend
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
 from research.data import Batches, take
 from research.feed import kind, loopable
+from research.kernels import rewritten
 from research.measures import Logs
-from research.pooling import repooled
 from research.state import Refused
 from research.step import Learner
 from research.transforms import fuse, loops_well
@@ -28,9 +29,10 @@ LOG_BYTES = 1 << 20  # of all steps' logs that one program may hold
 
 
 class Training(NamedTuple):
-    """A learner's training program: (state, source, batches, slots, count) -> (state, last logs, each step's logs).
+    """A learner's training program: (state, source, batches, slots, count, anew) -> (state, last logs, each step's logs).
 
-    With slots None it is one step, and there are no logs of each. `capacity`: the number of slots that serve it best.
+    With slots None it is one step, and there are no logs of each. Metrics are reset before it where `anew` says so. `capacity`:
+    the number of slots that serve it best.
     """
 
     program: Any
@@ -43,17 +45,23 @@ def training(learner: Learner, data: Batches, state: Any) -> Training:
     Steps are fused where it is of use: not where a convolution would run in a loop on the CPU, nor where a batch comes from the
     host and is large. Raises `Refused` where a batch does not fit the learner.
     """
-    step, program = _trained(learner.train)
+    step, program, known = _trained(learner.train)(learner.reset)
     source, batch = _source(data), _batch(data)
-    traced = fitting(functools.partial(step.trace, state, source, batch), data)
+    key = kind((state, source, batch))
+    if key not in known:
+        known[key] = _most(fitting(functools.partial(step.trace, state, source, batch), data), state, source, batch)
+    return Training(program, min(known[key], data.steps_per_epoch))
+
+
+def _most(traced: Any, state: Any, source: PyTree, batch: PyTree) -> int:
+    """How many steps of a kind are best in one program, however long an epoch is."""
     after, logs = traced.out_info
     if not loops_well(traced) or kind(after) != kind(state) or not loopable(batch):
-        return Training(program, 1)
+        return 1
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
     stacked = STACKED_STEPS if size <= STACKED_BYTES else 1
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(logs))
-    most = min(stacked if source is None else FUSED_STEPS, LOG_BYTES // max(held, 1), data.steps_per_epoch)
-    return Training(program, max(most, 1))
+    return max(min(stacked if source is None else FUSED_STEPS, LOG_BYTES // max(held, 1)), 1)
 
 
 def ahead(learner: Learner, data: Batches, state: Any) -> None:
@@ -66,7 +74,7 @@ def ahead(learner: Learner, data: Batches, state: Any) -> None:
     if capacity > 1:
         slots = np.arange(capacity, dtype=np.int32)
         batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((capacity, *leaf.shape), leaf.dtype), batch)
-    program.lower(state, source, batch, slots, np.int32(1)).compile()
+    program.lower(state, source, batch, slots, np.int32(1), np.True_).compile()
 
 
 def evaluation(learner: Learner, state: Any, source: PyTree, batch: Any, data: Batches) -> Callable[..., tuple[Any, Logs]]:
@@ -170,27 +178,28 @@ def _sparing(function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..
     return call
 
 
-def _train_programs(train: Callable[..., tuple[Any, Logs]]) -> tuple[Any, Any]:
-    """A step with its batch gathered, and as many as are asked for in one program."""
-    train = repooled(train)
+def _train_programs(train: Callable[..., tuple[Any, Logs]], reset: Callable[[Any], Any]) -> tuple[Any, Any, dict[Any, int]]:
+    """A step with its batch gathered; as many as are asked for in one program; and how many are best, by kinds of arguments."""
+    train = rewritten(train)
 
     @jax.jit
     def train_step(state: Any, source: PyTree, batch: Any) -> tuple[Any, Logs]:
         return train(state, batch if source is None else take(source, batch))
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def train_steps(state: Any, source: PyTree, batches: Any, slots: Any, count: Any) -> tuple[Any, Logs, Logs | None]:
+    def train_steps(state: Any, source: PyTree, batches: Any, slots: Any, count: Any, anew: Any) -> tuple[Any, Logs, Logs | None]:
+        state = jax.tree.map(lambda new, old: new if new is old else jnp.where(anew, new, old), reset(state), state)
         if slots is None:
             return *train_step(state, source, batches), None
         # Slots come along so that there is an axis to go over where a batch is nothing at all.
         state, each = fuse(lambda s, b: train_step(s, source, b[1]))(state, (slots, batches), count)
         return state, jax.tree.map(lambda logs: logs[count - 1], each), each
 
-    return train_step, train_steps
+    return train_step, train_steps, {}
 
 
 def _evaluate_step(evaluate: Callable[..., tuple[Any, Logs]]) -> Callable[..., tuple[Any, Logs]]:
-    evaluate = repooled(evaluate)
+    evaluate = rewritten(evaluate)
 
     def evaluate_step(state: Any, source: PyTree, batch: Any) -> tuple[Any, Logs]:
         return evaluate(state, batch if source is None else take(source, batch))
@@ -199,7 +208,7 @@ def _evaluate_step(evaluate: Callable[..., tuple[Any, Logs]]) -> Callable[..., t
 
 
 def _predict_step(predict: Callable[[Any, Any], PyTree]) -> Callable[[Any, Any], PyTree]:
-    return jax.jit(repooled(predict))
+    return jax.jit(rewritten(predict))
 
 
 def _source(data: Batches) -> PyTree:
@@ -216,7 +225,7 @@ def _batch(data: Batches) -> PyTree:
     return jax.ShapeDtypeStruct((jax.tree.leaves(data.shapes)[0].shape[0],), np.int32)
 
 
-_trained = kept(_train_programs)
+_trained = kept(lambda train: kept(lambda reset: _train_programs(train, reset)))
 _evaluated = kept(_evaluate_step)
 _predicted = kept(_predict_step)
 _spared = kept(lambda function: _Spared(function, {}))

@@ -55,7 +55,8 @@ def arrays(
 
     Shuffled anew each epoch by `seed` (all rows, then cut, as Keras does); the last batch of an epoch may be shorter, and none
     is dropped. float64 becomes Keras' float type. `classes` says that `y` holds class numbers below it. `class_weight` turns
-    into sample weights. Arrays of up to `resident_bytes` are meant to live on the device. Raises `Refused` for data that is
+    into sample weights. Arrays of up to `resident_bytes` live on the device, from the first time that they are used and for as
+    long as what is returned: change them, and make it anew. Raises `Refused` for data that is
     empty, of unequal lengths, smaller than a batch, not finite, or labelled out of range; `name` is what it calls them.
 
     >>> import numpy as np

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int, PyTree
 
 T = TypeVar("T")
-SECONDS = 0.03  # of steps in a dispatch: nobody waits longer for the progress bar or for Ctrl-C
+SECONDS = 0.1  # of steps in a dispatch: nobody waits longer for the progress bar or for Ctrl-C
 IN_FLIGHT = 2  # dispatches that the device may be behind
 AHEAD = 2  # dispatches whose batches are brought before they are asked for
 

@@ -1,5 +1,6 @@
 """The fold over batches: train, evaluate and predict with any learner."""
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from research.compiled import Training, evaluation, prediction, sparing, training
+from research.compiled import Training, evaluation, kept, prediction, sparing, training
 from research.data import Batches
 from research.feed import IN_FLIGHT, Ahead, Pace, Piece, kind, numbered, pieces, stretches
 from research.state import Refused
@@ -58,9 +59,9 @@ def train(
     dispatched: the device never waits for it. A hook `(every, hook)` is called after each `every`-th step and the last, before
     the next is dispatched; what it returns (if not None) is the state from there on; the state it sees is gone after that.
 
-    Between two hooks as many steps are dispatched at once as take about 30 ms, which changes no bit of the result. After each
-    dispatch `progress` is told how many steps are under way or done, and how many seconds were spent waiting for batches, and
-    `stop` is asked; where it says so, `Stopped` is raised with the state and the logs to go on from.
+    Between two hooks as many steps are dispatched at once as take about a tenth of a second, which changes no bit of the result.
+    After each dispatch `progress` is told how many steps are under way or done, and how many seconds were spent waiting for
+    batches, and `stop` is asked; where it says so, `Stopped` is raised with the state and the logs to go on from.
 
     `state` goes on from somewhere else (by default `learner.init()`), `start` is the number of steps it has behind it; `logs`,
     where given, are those of step `start`, and what is due there is logged and evaluated again. The state is donated: use the
@@ -78,7 +79,6 @@ def train(
     state = learner.init() if state is None else state
     trained = training(learner, data, state)
     evaluators = {split: evaluator(learner, held, state, stop) for split, held in (evaluations or {}).items()}
-    reset = sparing(learner.reset, state)
     last: dict[str, float] = {}
     pending: list[tuple[int, str, dict[str, Any], int | None]] = []
 
@@ -112,8 +112,6 @@ def train(
             note(start, start, state, logs)
         with _fed(trained, data, plan) as (run, feed):
             for piece in feed:
-                if piece.start % data.steps_per_epoch == 0:
-                    state = reset(state)
                 with jax.profiler.StepTraceAnnotation("train", step_num=piece.start):
                     state, logs, each = run(state, piece)
                 read()  # the logs of earlier steps, now that these are on their way
@@ -187,7 +185,7 @@ def evaluator(
     1.0
     """
     resident = data.resident
-    source = None if resident is None else jax.device_put(resident.source())
+    source = None if resident is None else _placed(resident.source)
     batch = data.batch if resident is None else lambda step: resident.rows(step, 1)
     programs = {kind(first): evaluation(learner, state, source, first, data) for first in [batch(0)]}
     reset = sparing(learner.reset, state)
@@ -225,14 +223,18 @@ def _fed(trained: Training, data: Batches, plan: Iterator[tuple[int, int]]) -> I
     """A function that runs a piece's steps, (state, piece) -> (state, last logs, each step's logs), and the pieces of a plan."""
     program, capacity = trained
 
+    def run(source: PyTree, state: Any, piece: Piece) -> Any:
+        anew = np.bool_(piece.start % data.steps_per_epoch == 0)
+        return program(state, source, piece.batches, piece.slots, np.int32(piece.steps), anew)
+
     if data.resident is not None:
-        source, size = jax.device_put(data.resident.source()), jax.tree.leaves(data.shapes)[0].shape[0]
+        source, size = _placed(data.resident.source), jax.tree.leaves(data.shapes)[0].shape[0]
         found = numbered(plan, data.resident.rows, size, capacity)
-        yield (lambda state, p: program(state, source, p.batches, p.slots, np.int32(p.steps))), _Kept(found)
+        yield functools.partial(run, source), _Kept(found)
         return
     put = (piece._replace(batches=jax.device_put(piece.batches)) for piece in pieces(plan, data.batch, data.shapes, capacity))
     with Ahead(put) as ahead:
-        yield (lambda state, p: program(state, None, p.batches, p.slots, np.int32(p.steps))), ahead
+        yield functools.partial(run, None), ahead
 
 
 def _brought(data: Batches) -> Ahead[Any]:
@@ -258,3 +260,6 @@ def _numbers(logs: dict[str, Any], slot: int | None = None) -> dict[str, float]:
         else:
             numbers.update({f"{name}_{i}": float(each) for i, each in enumerate(np.ravel(value))})
     return numbers
+
+
+_placed = kept(lambda source: jax.device_put(source()))  # what is kept on the device is brought there once

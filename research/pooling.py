@@ -4,73 +4,29 @@ XLA's CPU compiler walks the windows of a pooling one by one, and once more on t
 same is a maximum over two axes, and the gradient goes to the first place in each window that holds it.
 """
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from research.transforms import equations
 
-T = TypeVar("T")
+def replacement(equation: Any) -> Callable[[Array], Array] | None:
+    """What computes an equation that is a max-pooling, or the way back of one, of windows that neither overlap nor leave gaps.
 
-
-def repooled(function: Callable[..., T]) -> Callable[..., T]:
-    """The same function with every max-pooling of windows side by side computed so, derivatives too; on the CPU alone.
-
-    Run eagerly (`jax.disable_jit`) it is the function itself.
-
-    >>> import keras
-    >>> pool = keras.layers.MaxPooling1D(2)
-    >>> def peaks(x):
-    ...     return jax.grad(lambda x: pool(x).sum())(x)
-    >>> repooled(peaks)(jnp.array([[[1.0], [1.0], [2.0], [3.0], [9.0]]])).ravel().tolist()
-    [1.0, 0.0, 0.0, 1.0, 0.0]
+    None for any other equation.
     """
-
-    def call(*args: Any) -> T:
-        if jax.default_backend() != "cpu" or jax.config.jax_disable_jit:  # type: ignore[attr-defined]
-            return function(*args)
-        program, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-        return jax.tree.unflatten(jax.tree.structure(shapes), _run(program.jaxpr, program.consts, jax.tree.leaves(args)))
-
-    call.__name__ = getattr(function, "__name__", "call")
-    return call
-
-
-def _run(jaxpr: Any, consts: list[Any], args: list[Any]) -> list[Any]:
-    """Runs a program, an equation after the other, with poolings replaced."""
-    values: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-
-    def of(atom: Any) -> Any:
-        return atom.val if isinstance(atom, jax.extend.core.Literal) else values[atom]
-
-    for equation in jaxpr.eqns:
-        given, params = [of(atom) for atom in equation.invars], equation.params
-        inner = params.get("jaxpr")
-        if _side_by_side(equation):
-            found = [_REPLACED[equation.primitive.name](*given, params["window_dimensions"])]
-        elif equation.primitive.name == "jit" and any(map(_side_by_side, equations(inner.jaxpr))):
-            found = _run(inner.jaxpr, inner.consts, given)
-        else:
-            with equation.ctx.manager:
-                results = equation.primitive.bind(*given, **equation.primitive.get_bind_params(params))
-            found = results if equation.primitive.multiple_results else [results]
-        values.update(zip(equation.outvars, found, strict=True))
-    return [of(atom) for atom in jaxpr.outvars]
-
-
-def _side_by_side(equation: Any) -> bool:
-    """Whether an equation is a max-pooling, or the way back of one, of windows that neither overlap nor leave gaps."""
     params = equation.params
     if equation.primitive.name not in _REPLACED or params["window_dimensions"] != params["window_strides"]:
-        return False
+        return None
     dilated = any(n != 1 for n in (*params.get("base_dilation", ()), *params.get("window_dilation", ())))
     selected = params.get("select_prim")
-    return not dilated and not any(map(any, params["padding"])) and (selected is None or selected.name == "ge")
+    if dilated or any(map(any, params["padding"])) or (selected is not None and selected.name != "ge"):
+        return None
+    return functools.partial(_REPLACED[equation.primitive.name], window=params["window_dimensions"])
 
 
 def _windows(x: Array, window: tuple[int, ...]) -> tuple[Array, tuple[int, ...]]:

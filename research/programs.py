@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 
 from research.compiled import STACKED_BYTES, STACKED_STEPS
 from research.feed import Pace, kind, stacked
-from research.pooling import repooled
+from research.kernels import rewritten
 from research.transforms import fuse, loops_well
 
 
@@ -143,7 +143,7 @@ class Program:
                 shardings = None
                 if keras.distribution.distribution() is not None:
                     shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), None)
-                self.programs["single"] = jax.jit(repooled(self.step), donate_argnums=0, out_shardings=shardings)
+                self.programs["single"] = jax.jit(rewritten(self.step), donate_argnums=0, out_shardings=shardings)
             state, logs = self._call("single", (state, batch))
         return state, logs
 
@@ -154,7 +154,7 @@ class Program:
             return self._single(state, batches)
         arguments = (state, stacked(batches, capacity), np.int32(len(batches)))
         if shape not in self.fusable:
-            program = self.programs.setdefault("fused", jax.jit(_last(fuse(repooled(self.step))), donate_argnums=0))
+            program = self.programs.setdefault("fused", jax.jit(_last(fuse(rewritten(self.step))), donate_argnums=0))
             try:
                 self.fusable[shape] = loops_well(program.trace(*arguments))
             except TypeError:  # a step that changes its state's types has no loop
@@ -183,7 +183,7 @@ class Prediction:
 
         self.model = model
         self.compiled = bool(model.jit_compile and not model.run_eagerly)
-        self.step = jax.jit(repooled(step)) if self.compiled else step
+        self.step = jax.jit(rewritten(step)) if self.compiled else step
         self.interrupts = Interrupts()
         self.state: PyTree = None
 

@@ -68,6 +68,7 @@ NEEDS = dict.fromkeys(TITLES, "jax") | {
     "torch": "torch",
     "flax-nnx": "flax",
 }
+CORE = Path(__file__).parents[1] / ".venv" / "bin" / "python"  # where Keras does not find TensorFlow and PyTorch, and import them
 PAUSE = 0.3  # seconds, in which threads that wait in a circle for more work give up
 
 
@@ -233,7 +234,8 @@ class System:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
-        command = [sys.executable, worker.__file__, system, workload, str(data), str(time.time())]
+        python = str(CORE) if NEEDS[system] == "jax" and CORE.exists() else sys.executable
+        command = [python, worker.__file__, system, workload, str(data), str(time.time())]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 command, env={**os.environ, **environment}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True

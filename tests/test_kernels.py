@@ -1,4 +1,4 @@
-"""Max-pooling computed the fast way gives the same bits, forth and back, wherever it is used and whatever is in the windows."""
+"""What is computed otherwise on the CPU, pooling and random bits, gives the same bits, wherever and of whatever."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ import pytest
 from keras import layers
 
 import research
-from research.pooling import repooled
+from research.kernels import rewritten
 from research.transforms import equations
 
 RNG = np.random.default_rng(0)
@@ -56,10 +56,10 @@ def test_values_and_gradients_are_the_same_bits(name: str, kind: str, dtype: str
         pooled, back = jax.vjp(pool, x)
         return pooled, back(weights)[0]
 
-    for wanted, found in zip(jax.jit(both)(x), jax.jit(repooled(both))(x), strict=True):
+    for wanted, found in zip(jax.jit(both)(x), jax.jit(rewritten(both))(x), strict=True):
         assert found.dtype == wanted.dtype
         np.testing.assert_array_equal(np.asarray(found, "float32"), np.asarray(wanted, "float32"))
-    replaced = {"reduce_window_max", "select_and_scatter_add"} & primitives(repooled(both), x)
+    replaced = {"reduce_window_max", "select_and_scatter_add"} & primitives(rewritten(both), x)
     assert bool(replaced) == (name in OTHERS and name != "average")
 
 
@@ -107,7 +107,7 @@ def test_a_convolutional_network_trains_to_the_bits_of_keras_fit_without_walking
         np.testing.assert_array_equal(trained, wanted)
     batch = held.batch(0)
     assert "select_and_scatter_add" in primitives(learner.train, state, batch)
-    assert not {"reduce_window_max", "select_and_scatter_add"} & primitives(repooled(learner.train), state, batch)
+    assert not {"reduce_window_max", "select_and_scatter_add"} & primitives(rewritten(learner.train), state, batch)
 
 
 def test_what_is_not_compiled_is_left_alone() -> None:
@@ -118,6 +118,68 @@ def test_what_is_not_compiled_is_left_alone() -> None:
         return layers.MaxPooling1D(2)(x)
 
     with jax.disable_jit():
-        repooled(noticed)(jnp.ones((1, 4, 1)))
-    repooled(noticed)(jnp.ones((1, 4, 1)))
+        rewritten(noticed)(jnp.ones((1, 4, 1)))
+    rewritten(noticed)(jnp.ones((1, 4, 1)))
     assert seen == [False, True]
+
+
+DRAWS = {
+    "bits": lambda key: [jax.random.bits(key, (3, 5), dtype) for dtype in (jnp.uint8, jnp.uint16, jnp.uint32)],
+    "no numbers": lambda key: jax.random.bits(key, (0, 4)),
+    "normal": lambda key: jax.random.normal(key, (7,)),
+    "bernoulli": lambda key: jax.random.bernoulli(key, 0.3, (33, 17)),
+    "permutation": lambda key: jax.random.permutation(key, 11),
+    "split": lambda key: jax.random.split(key, (2, 3)),
+    "fold_in": lambda key: jax.random.fold_in(key, 7),
+    "a key for each": lambda key: jax.vmap(lambda one: jax.random.uniform(one, (3,)))(jax.random.split(key, 4)),
+}
+
+
+@pytest.mark.parametrize("partitionable", [True, False])
+@pytest.mark.parametrize("typed", [True, False])
+@pytest.mark.parametrize("name", DRAWS)
+def test_random_numbers_are_the_same_bits(name: str, typed: bool, partitionable: bool) -> None:
+    def drawn(words: jax.Array) -> Any:
+        made = DRAWS[name](jax.random.wrap_key_data(words) if typed else words)
+        return [
+            jax.random.key_data(each) if jnp.issubdtype(each.dtype, jax.dtypes.prng_key) else each
+            for each in jax.tree.leaves(made)
+        ]
+
+    for words in (jnp.array([0, 0], jnp.uint32), jnp.array([0xFFFFFFFF, 12345], jnp.uint32)):
+        with jax.threefry_partitionable(partitionable):
+            wanted, found = jax.jit(drawn)(words), jax.jit(rewritten(drawn))(words)
+            looping = "while" in jax.jit(rewritten(drawn)).lower(words).as_text()
+        for a, b in zip(wanted, found, strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)
+        assert looping == (name == "a key for each")  # only what is drawn from one key is spelled out
+
+
+def test_other_ciphers_are_left_alone() -> None:
+    def drawn(words: jax.Array) -> jax.Array:
+        return jax.random.uniform(jax.random.wrap_key_data(words, impl="rbg"), (5,))
+
+    words = jnp.arange(4, dtype=jnp.uint32)
+    np.testing.assert_array_equal(jax.jit(drawn)(words), jax.jit(rewritten(drawn))(words))
+
+
+@pytest.mark.slow
+def test_dropout_and_noise_train_to_the_same_bits() -> None:
+    def made() -> Any:
+        keras.utils.set_random_seed(0)
+        parts = [keras.Input((6,)), layers.GaussianNoise(0.1), layers.Dense(64, "relu"), layers.Dropout(0.4), layers.Dense(3)]
+        return research.supervised(
+            keras.Sequential(parts), loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True), optimizer="adam"
+        )
+
+    x, held = RNG.normal(size=(64, 6)).astype("float32"), made()
+    batch = research.Batch(x, RNG.integers(0, 3, 64).astype("int32"))
+    states = [held.init(), made().init()]
+    programs = [jax.jit(held.train), jax.jit(rewritten(held.train))]
+    assert "while" in programs[0].lower(states[0], batch).as_text()
+    assert "while" not in programs[1].lower(states[1], batch).as_text()
+    for _ in range(10):
+        states = [program(state, batch)[0] for program, state in zip(programs, states, strict=True)]
+    for a, b in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_array_equal(a, b)
