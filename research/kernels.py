@@ -10,10 +10,27 @@ from research import pooling, threefry
 from research.transforms import equations
 
 T = TypeVar("T")
+Rule = Callable[[Any], Callable[..., list[Any]] | None]  # what computes an equation's results otherwise; None for one that stays
 
 
-def rewritten(function: Callable[..., T]) -> Callable[..., T]:
-    """The same function with pooling and random bits computed as `pooling` and `threefry` tell, on the CPU alone.
+def same_bits(equation: Any) -> Callable[..., list[Any]] | None:
+    """The rule for pooling and random bits, as `pooling` and `threefry` tell.
+
+    >>> import jax.numpy as jnp
+    >>> found = [same_bits(e) is not None for e in equations(jax.make_jaxpr(jax.random.normal)(jax.random.key(0)).jaxpr)]
+    >>> any(found), all(found)
+    (True, False)
+    """
+    if equation.primitive.name == "threefry2x32":
+        return threefry.hashed
+    pooled, drawn = pooling.replacement(equation), threefry.spelled_out(equation)
+    if pooled is not None:
+        return lambda *given: [pooled(*given)]
+    return None if drawn is None else lambda *given: [_in_place(drawn, given)]
+
+
+def rewritten(function: Callable[..., T], rule: Rule = same_bits) -> Callable[..., T]:
+    """The same function with what a rule is for computed as it tells, on the CPU alone.
 
     Derivatives that are taken inside the function, too. Run eagerly (`jax.disable_jit`) it is the function itself. Inside
     loops, branches and rematerialized parts all stays as it is.
@@ -30,13 +47,13 @@ def rewritten(function: Callable[..., T]) -> Callable[..., T]:
         if jax.default_backend() != "cpu" or jax.config.jax_disable_jit:  # type: ignore[attr-defined]
             return function(*args)
         program, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-        return jax.tree.unflatten(jax.tree.structure(shapes), _run(program.jaxpr, program.consts, jax.tree.leaves(args)))
+        return jax.tree.unflatten(jax.tree.structure(shapes), _run(program.jaxpr, program.consts, jax.tree.leaves(args), rule))
 
     call.__name__ = getattr(function, "__name__", "call")
     return call
 
 
-def _run(jaxpr: Any, consts: list[Any], args: list[Any]) -> list[Any]:
+def _run(jaxpr: Any, consts: list[Any], args: list[Any], rule: Rule) -> list[Any]:
     """Runs a program, an equation after the other, with what can be replaced replaced."""
     values: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
 
@@ -44,11 +61,11 @@ def _run(jaxpr: Any, consts: list[Any], args: list[Any]) -> list[Any]:
         return atom.val if isinstance(atom, jax.extend.core.Literal) else values[atom]
 
     for equation in jaxpr.eqns:
-        given, inner, replaced = [of(atom) for atom in equation.invars], equation.params.get("jaxpr"), _replacement(equation)
+        given, inner, replaced = [of(atom) for atom in equation.invars], equation.params.get("jaxpr"), rule(equation)
         if replaced is not None:
             found = replaced(*given)
-        elif equation.primitive.name == "jit" and any(_replacement(each) for each in equations(inner.jaxpr)):
-            found = _run(inner.jaxpr, inner.consts, given)
+        elif equation.primitive.name == "jit" and any(rule(each) for each in equations(inner.jaxpr)):
+            found = _run(inner.jaxpr, inner.consts, given, rule)
         else:
             with equation.ctx.manager:
                 results = equation.primitive.bind(*given, **equation.primitive.get_bind_params(equation.params))
@@ -57,16 +74,6 @@ def _run(jaxpr: Any, consts: list[Any], args: list[Any]) -> list[Any]:
     return [of(atom) for atom in jaxpr.outvars]
 
 
-def _replacement(equation: Any) -> Callable[..., list[Any]] | None:
-    """What computes an equation's results otherwise; None for one that stays."""
-    if equation.primitive.name == "threefry2x32":
-        return threefry.hashed
-    pooled, drawn = pooling.replacement(equation), threefry.spelled_out(equation)
-    if pooled is not None:
-        return lambda *given: [pooled(*given)]
-    return None if drawn is None else lambda *given: [_in_place(drawn, given)]
-
-
 def _in_place(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     program = jax.make_jaxpr(function)(*args)
-    return _run(program.jaxpr, program.consts, list(args))[0]
+    return _run(program.jaxpr, program.consts, list(args), same_bits)[0]

@@ -10,8 +10,9 @@ run directory gets bench.json, bench.md (the same as tables) and bench.png. Run 
 workloads that are missing.
 
 Ratios are medians over the rounds, with the interval that holds the median with 95% confidence or more (from the ranks, without
-any assumption about the noise). The first start of a system fills JAX's compilation cache; seconds to the first step are those of
-later starts, from the start of the process. Memory is the peak of the process over what it had after its imports.
+any assumption about the noise). All systems start anew for each sitting, since where a process' memory lies makes it faster or
+slower throughout. The first start of a system fills JAX's compilation cache; seconds to the first step are those of later starts,
+from the start of the process. Memory is the peak of the process over what it had after its imports.
 """
 
 import argparse
@@ -43,12 +44,13 @@ if TYPE_CHECKING:
 TITLES = {
     "research": "research",
     "research-unfused": "research, a hook at each step",
+    "research-reordered": "research, sums reordered",
     "research-fit": "research.fit",
     "jax-scan": "JAX by hand, scan (the floor)",
     "jax-loop": "JAX by hand, loop",
     "keras-jax": "Keras fit, JAX",
     "keras-jax-32": "Keras fit, JAX, 32 steps per execution",
-    "keras-tensorflow": "Keras fit, TensorFlow",
+    "keras-tensorflow": "Keras fit, TensorFlow, 32 steps per execution",
     "keras-torch": "Keras fit, PyTorch",
     "torch": "PyTorch",
     "flax-nnx": "Flax NNX",
@@ -59,8 +61,8 @@ RATIOS = {
     "keras_over_ours": ("keras-jax", "research"),
     "keras32_over_ours": ("keras-jax-32", "research"),
     "keras_over_fit": ("keras-jax", "research-fit"),
+    "reordered_over_ours": ("research-reordered", "research"),
 }
-STARTED_OFTEN = ("research", "research-fit", "keras-jax")  # their starts are compared
 PACKAGES = ("jax", "jaxlib", "keras", "tensorflow", "torch", "flax", "optax", "numpy")
 NEEDS = dict.fromkeys(TITLES, "jax") | {
     "keras-tensorflow": "tensorflow",
@@ -84,9 +86,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--systems", nargs="+", metavar="SYSTEM", default=list(TITLES), help=f"of {', '.join(TITLES)}")
     parser.add_argument("--rounds", type=positive, default=10, help="times that each system is run (default: 10)")
     parser.add_argument("--seconds", type=float, default=0.7, help="about how long each time (default: 0.7)")
-    parser.add_argument(
-        "--starts", type=positive, default=3, help="times that those whose starts are compared start (default: 3)"
-    )
+    parser.add_argument("--sittings", type=positive, default=2, help="times that all start anew, rounds in each (default: 2)")
     parser.add_argument("--run-dir", type=Path, help="default: a new directory under runs/bench/")
     options = parser.parse_args(arguments)
     for kind, given, known in (("workload", options.workloads, workloads.WORKLOADS), ("system", options.systems, TITLES)):
@@ -102,7 +102,7 @@ def main(arguments: list[str]) -> int:
     from research import record
 
     directory = options.run_dir or record.new_directory("bench", Path("runs"))
-    config = {"systems": options.systems, "rounds": options.rounds, "seconds": options.seconds, "starts": options.starts}
+    config = {"systems": options.systems, "rounds": options.rounds, "seconds": options.seconds, "sittings": options.sittings}
     console = Console(highlight=False, soft_wrap=True)
     try:
         found = begun(directory, config)
@@ -175,33 +175,24 @@ def workload(name: str, config: dict[str, Any], directory: Path, console: Any) -
         workloads.write(name, data)
         first: dict[str, float] = {}
         later: dict[str, list[float]] = {system: [] for system in config["systems"]}
-        systems: dict[str, System] = {}
-        for turn in range(config["starts"] + 1):
+        answers: dict[str, list[dict[str, Any]]] = {system: [] for system in config["systems"]}
+        for sitting in range(config["sittings"] + 1):
+            systems: dict[str, System] = {}
             for system in config["systems"]:
-                if turn > 1 and system not in STARTED_OFTEN:
-                    continue
-                if system in systems:
-                    systems.pop(system).close()
                 started = systems[system] = System(system, name, data, cache, directory)
                 stack.callback(started.close)
                 answer = started.answer()
-                later[system].append(answer["seconds"]) if turn else first.update({system: answer["seconds"]})
-                console.print(f"  {TITLES[system]:40} first epoch after {answer['seconds']:5.1f} s   {_told(answer['logs'])}")
-        epochs = {}
-        for system, process in systems.items():
-            epochs[system] = max(1, math.ceil(config["seconds"] / process.train(1)["seconds"]))
-            if epochs[system] > 1:  # the first epoch by itself is slower
-                epochs[system] = max(1, math.ceil(config["seconds"] / process.train(epochs[system])["seconds"] * epochs[system]))
-        answers: dict[str, list[dict[str, Any]]] = {system: [] for system in systems}
-        names = list(systems)
-        for turn in range(config["rounds"]):
-            for system in names[turn % len(names) :] + names[: turn % len(names)]:
-                time.sleep(PAUSE)
-                answers[system].append(systems[system].train(epochs[system]))
-            console.print(f"  round {turn + 1}/{config['rounds']}", end="\r")
+                later[system].append(answer["seconds"]) if sitting else first.update({system: answer["seconds"]})
+                console.print(f"  {TITLES[system]:45} first epoch after {answer['seconds']:5.1f} s   {_told(answer['logs'])}")
+            if sitting:  # the one before filled the cache
+                first_round, end = (config["rounds"] * n // config["sittings"] for n in (sitting - 1, sitting))
+                for system, found in interleaved(systems, range(first_round, end), config["seconds"], console).items():
+                    answers[system] += found
+            for started in systems.values():
+                started.close()
     rows = []
     for system, found in answers.items():
-        each = [1e6 * answer["seconds"] / (epochs[system] * work.steps) for answer in found]
+        each = [1e6 * answer["seconds"] / (answer["epochs"] * work.steps) for answer in found]
         rest = (work.steps - 1) * median(each) / 1e6  # of the epoch that the first step was in
         row = {
             "workload": name,
@@ -211,13 +202,30 @@ def workload(name: str, config: dict[str, Any], directory: Path, console: Any) -
             "seconds_to_first_step_cold": first[system] - rest,
             "starts": [seconds - rest for seconds in later[system]],
             "peak_mb_over_imports": found[-1]["peak_mb_over_imports"],
-            "epochs_per_round": epochs[system],
+            "epochs_per_round": found[-1]["epochs"],
             "logs": found[-1]["logs"],
         }
         waited = [answer["logs"].get("seconds_waiting_for_data", 0.0) / answer["seconds"] for answer in found]
         rows.append(row | ({"waiting_share": median(waited)} if any(waited) else {}))
-        console.print(f"  {TITLES[system]:40} {median(each):10.1f} us a step ({min(each):.1f} to {max(each):.1f})")
+        console.print(f"  {TITLES[system]:45} {median(each):10.1f} us a step ({min(each):.1f} to {max(each):.1f})")
     return rows
+
+
+def interleaved(systems: dict[str, "System"], turns: range, seconds: float, console: Any) -> dict[str, list[dict[str, Any]]]:
+    """What systems answer that train in turn, each turn from another one on, about so many seconds each."""
+    epochs = {}
+    for system, process in systems.items():
+        epochs[system] = max(1, math.ceil(seconds / process.train(1)["seconds"]))
+        if epochs[system] > 1:  # the first epoch by itself is slower
+            epochs[system] = max(1, math.ceil(seconds / process.train(epochs[system])["seconds"] * epochs[system]))
+    answers: dict[str, list[dict[str, Any]]] = {system: [] for system in systems}
+    names = list(systems)
+    for turn in turns:
+        for system in names[turn % len(names) :] + names[: turn % len(names)]:
+            time.sleep(PAUSE)
+            answers[system].append(systems[system].train(epochs[system]) | {"epochs": epochs[system]})
+        console.print(f"  round {turn + 1}", end="\r")
+    return answers
 
 
 class System:
@@ -280,6 +288,9 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, Any]:
         found["fastest_peer"] = min(peers, key=lambda peer: median(times[peer]))
         both = zip(times[found["fastest_peer"]], times["research"], strict=True)
         found["fastest_peer_over_ours"] = interval([a / b for a, b in both])
+        if "research-reordered" in times:
+            both = zip(times[found["fastest_peer"]], times["research-reordered"], strict=True)
+            found["fastest_peer_over_reordered"] = interval([a / b for a, b in both])
     return found
 
 
@@ -311,6 +322,7 @@ def tables(found: dict[str, Any]) -> str:
             name,
             *(_ratio(found["ratios"][name].get(ratio)) for ratio in RATIOS),
             f"{found['ratios'][name].get('fastest_peer', '')} {_ratio(found['ratios'][name].get('fastest_peer_over_ours'))}",
+            _ratio(found["ratios"][name].get("fastest_peer_over_reordered")),
         ]
         for name in names
     ]
@@ -319,7 +331,7 @@ def tables(found: dict[str, Any]) -> str:
         return [[TITLES[s], *(cell(rows[name, s]) if (name, s) in rows else "" for name in names)] for s in systems]
 
     parts = [
-        _table(["time per step", *heads, "fastest peer / research"], ratio_rows),
+        _table(["time per step", *heads, "fastest peer / research", "the same / research-reordered"], ratio_rows),
         "Microseconds a step, median:\n\n" + _table(["", *names], grid(lambda row: _short(row["us_per_step"]["median"]))),
         "Seconds from the start of the process to the end of its first step, compiled before:\n\n"
         + _table(["", *names], grid(lambda row: f"{row['seconds_to_first_step']:.1f}")),

@@ -14,7 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SYSTEMS = (
-    "research research-fit research-unfused jax-scan jax-loop keras-jax keras-jax-32 keras-tensorflow keras-torch torch flax-nnx"
+    "research research-fit research-unfused research-reordered jax-scan jax-loop "
+    "keras-jax keras-jax-32 keras-tensorflow keras-torch torch flax-nnx"
 )
 WORKLOADS = "digits-mlp-32 mlp-32 mlp-256 convnet-64 gan-64 tickets-128 gpt-16 stream"
 
@@ -77,7 +78,7 @@ def test_ratios_are_taken_round_by_round(bench: Any) -> None:
 
 @pytest.mark.slow
 def test_it_measures_writes_and_goes_on(tmp_path: Path) -> None:
-    options = ["--systems", "research", "jax-scan", "keras-jax", "--rounds", "2", "--seconds", "0.05", "--starts", "1"]
+    options = ["--systems", "research", "jax-scan", "keras-jax", "--rounds", "2", "--seconds", "0.05", "--sittings", "1"]
     arguments = ["digits-mlp-32", *options, "--run-dir", "run"]
     done = command(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -14,7 +14,8 @@ BACKEND = keras.backend.backend()
 
 def build(system: str, workload: str, data: dict[str, Any]) -> Callable[[int], dict[str, float]]:
     """A model and its `fit`."""
-    return trainer(keras.Model.fit, compiled(workload, 32 if system == "keras-jax-32" else 1), workload, data)
+    many = system in ("keras-jax-32", "keras-tensorflow")  # what is best for TensorFlow everywhere
+    return trainer(keras.Model.fit, compiled(workload, 32 if many else 1), workload, data)
 
 
 def trainer(

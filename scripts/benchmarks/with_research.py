@@ -1,4 +1,4 @@
-"""Our own loop as `just run` uses it, the same with a hook at each step, and our `fit` on a compiled Keras model."""
+"""Our own loop as `just run` uses it, the same with a hook at each step or sums reordered, and our `fit` on a compiled model."""
 
 import sys
 import tempfile
@@ -16,7 +16,7 @@ import with_keras
 from workloads import GPT_RATE, RATE, WORKLOADS, augmented, order
 
 from experiments import gan
-from research import record
+from research import record, reordering
 
 
 def build(system: str, workload: str, data: dict[str, Any]) -> Callable[[int], dict[str, float]]:
@@ -24,6 +24,7 @@ def build(system: str, workload: str, data: dict[str, Any]) -> Callable[[int], d
     if system == "research-fit":
         return with_keras.trainer(research.fit, with_keras.compiled(workload, 1), workload, data)
     made, batches = learner(workload), stream(data) if workload == "stream" else resident(workload, data)
+    made = made._replace(train=reordering.reordered(made.train)) if system == "research-reordered" else made
     run = record.Run(Path(tempfile.mkdtemp()), workload, {})
     hooks = [(1, lambda step, state, logs: None)] if system == "research-unfused" else []
     state, done, waited = made.init(), 0, 0.0

@@ -19,6 +19,7 @@ import workloads
 SYSTEMS = {
     "research": ("with_research", {}),
     "research-unfused": ("with_research", {}),
+    "research-reordered": ("with_research", {}),
     "research-fit": ("with_research", {}),
     "jax-scan": ("with_jax", {}),
     "jax-loop": ("with_jax", {}),
