@@ -59,7 +59,8 @@ def _most(traced: Any, state: Any, source: PyTree, batch: PyTree) -> int:
     if not loops_well(traced) or kind(after) != kind(state) or not loopable(batch):
         return 1
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
-    stacked = STACKED_STEPS if size <= STACKED_BYTES else 1
+    spread = any(getattr(leaf, "sharding", None) is not None for leaf in jax.tree.leaves(batch))
+    stacked = STACKED_STEPS if size <= STACKED_BYTES and not spread else 1
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(logs))
     return max(min(stacked if source is None else FUSED_STEPS, LOG_BYTES // max(held, 1)), 1)
 
@@ -215,7 +216,10 @@ def _source(data: Batches) -> PyTree:
     """The shapes of what is kept on the device; None where nothing is."""
     if data.resident is None:
         return None
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((data.examples, *leaf.shape[1:]), leaf.dtype), data.shapes)
+    kept = data.resident.sharding
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((data.examples, *leaf.shape[1:]), leaf.dtype, sharding=kept), data.shapes
+    )
 
 
 def _batch(data: Batches) -> PyTree:

@@ -17,11 +17,12 @@ class Resident(NamedTuple):
     """Data small enough to live on the device: a step's batch is `take(source(), rows(step, 1))`.
 
     `source()` is a tree of arrays whose first axis counts examples; `rows(step, steps)` numbers those of so many steps of one
-    epoch, one step's after another's.
+    epoch, one step's after another's. `sharding` is where it lives, if on more than one device.
     """
 
     source: Callable[[], PyTree]
     rows: Callable[[int, int], Int[np.ndarray, " rows"]]
+    sharding: jax.sharding.Sharding | None = None
 
 
 class Batches(NamedTuple):

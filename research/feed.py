@@ -66,17 +66,18 @@ class Pace:
 def stretches(start: int, total: int, stops: Iterable[int], pace: Pace, capacity: int) -> Iterator[tuple[int, int]]:
     """Steps from `start` to `total` in dispatches, (step, count) each: none passes a multiple of one of `stops`.
 
-    The first is one step, which shows that all is well.
+    The first is one step, which shows that all is well. The others are as long as one another, up to the next of `stops`, and
+    about as long as the pace.
 
     >>> pace = Pace()
     >>> pace.steps = 8
-    >>> list(stretches(0, 20, [10], pace, 100))
-    [(0, 1), (1, 8), (9, 1), (10, 8), (18, 2)]
+    >>> list(stretches(0, 30, [20], pace, 100))
+    [(0, 1), (1, 10), (11, 9), (20, 10)]
     """
     step, every = start, tuple(stops)
     while step < total:
-        ends = (total, step + (pace.steps if step > start else 1), step + capacity, *(step - step % n + n for n in every))
-        count = min(ends) - step
+        left = min([total, *(step - step % n + n for n in every)]) - step
+        count = 1 if step == start else min(-(-left // max(1, round(left / pace.steps))), capacity)
         yield step, count
         step += count
 

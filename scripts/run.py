@@ -27,7 +27,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -45,6 +45,10 @@ class Options:
     """Steps between two checkpoints; 0 for one at the end alone."""
     profile: tuple[int, int] | None = None
     """The first and last step of a trace by JAX's profiler, kept in the run's profile/."""
+    mesh: str | None = None
+    """Devices as a grid: data=8, or data=2,fsdp=-1; data splits batches, fsdp weights too, tensor layers; -1 is the rest."""
+    layout: Literal["data", "fsdp", "tensor"] | None = None
+    """Where weights lie on the mesh; by default as its axes suggest."""
     compiler_flags: bool = True
     """Whether compilers are told what is advised for their chips (research/flags.py)."""
 
@@ -144,8 +148,7 @@ def run(name: str, module: Any, config: Any, options: Options) -> int:
     splits = module.data(config)
     with ThreadPoolExecutor(1) as pool:
         loading = pool.submit(splits["train"].batch, 0)  # while the network is built and compiled
-        learner = module.build(config)
-        start = learner.init()
+        learner, start, splits = placed(module, config, options, splits)
         compiled.ahead(learner, splits["train"], start)
         loading.result()  # what is wrong with the data is said before anything is written
     with record.held(run):
@@ -157,6 +160,35 @@ def run(name: str, module: Any, config: Any, options: Options) -> int:
         del kept["run_dir"], kept["profile"]  # said anew each time
         record.begin(run, kept, at.step)
         return go_on(run, module, learner, splits, config, options, at)
+
+
+def placed(module: Any, config: Any, options: Options, splits: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """An experiment's learner, its first state and its data, on one device or on the mesh that is asked for."""
+    from research import Refused, parallel
+
+    if options.mesh is None:
+        if options.layout is not None:
+            raise Refused(f"--layout {options.layout} without --mesh; expected both, as in --mesh fsdp=-1.")
+        learner = module.build(config)
+        return learner, learner.init(), splits
+    mesh = parallel.mesh(**axes(options.mesh))
+    layout = None if options.layout is None else getattr(parallel, options.layout)
+    learner, start = parallel.born(lambda: module.build(config), mesh, layout)
+    return learner, start, {name: parallel.spread(held, mesh, divides=name == "train") for name, held in splits.items()}
+
+
+def axes(text: str) -> dict[str, int]:
+    """The sizes of a mesh, as the command line gives them.
+
+    >>> axes("data=2,fsdp=-1")
+    {'data': 2, 'fsdp': -1}
+    """
+    from research import Refused
+
+    try:
+        return {name.strip(): int(size) for name, size in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise Refused(f"--mesh {text}: expected axes and sizes, such as data=8 or data=2,fsdp=-1.") from None
 
 
 def go_on(run: Any, module: Any, learner: Any, splits: Any, config: Any, options: Options, at: Any) -> int:
