@@ -134,8 +134,7 @@ def values(variables: Iterable[keras.Variable]) -> list[Array]:
     >>> values([variable])[0] is variable.value
     False
     """
-    held = [variable.value for variable in variables]
-    return [jnp.array(value, value.dtype, copy=True) for value in held]  # a dtype said: a weak type would compile twice
+    return _copies([variable.value for variable in variables])
 
 
 def layer_metrics(model: keras.Model) -> list[keras.Metric]:
@@ -299,3 +298,8 @@ def in_order(metrics: Mapping[str, Sequence[Array]], names: Iterable[str]) -> li
     [2, 1]
     """
     return [array for name in names for array in metrics[name]]
+
+
+@jax.jit  # one program for all of them: compiling one for each shape takes longer than all the rest of a start
+def _copies(arrays: list[Array]) -> list[Array]:
+    return [jnp.array(array, array.dtype, copy=True) for array in arrays]  # a dtype said: a weak type would compile twice

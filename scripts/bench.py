@@ -178,6 +178,10 @@ def workload(name: str, config: dict[str, Any], directory: Path, console: Any) -
         answers: dict[str, list[dict[str, Any]]] = {system: [] for system in config["systems"]}
         for sitting in range(config["sittings"] + 1):
             systems: dict[str, System] = {}
+            warm = System(config["systems"][0], name, data, cache / "warm", directory)  # the first to start takes longer
+            stack.callback(warm.close)
+            warm.answer()
+            warm.close()
             for system in config["systems"]:
                 started = systems[system] = System(system, name, data, cache, directory)
                 stack.callback(started.close)

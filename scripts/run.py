@@ -18,6 +18,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import gc
 import importlib
 import json
 import os
@@ -137,6 +138,7 @@ def run(name: str, module: Any, config: Any, options: Options) -> int:
     """Trains an experiment into its run directory, from where it stopped, and draws and reports what came of it."""
     from research import checkpoint, compiled, flags, record
 
+    gc.freeze()  # what was imported stays: going over it takes the collector a tenth of a second each time
     if options.compiler_flags:
         flags.advise(os.environ)
     compilation_cache()

@@ -1,5 +1,6 @@
 """Our own loop as `just run` uses it, the same with a hook at each step or sums reordered, and our `fit` on a compiled model."""
 
+import gc
 import sys
 import tempfile
 from collections.abc import Callable
@@ -23,6 +24,7 @@ def build(system: str, workload: str, data: dict[str, Any]) -> Callable[[int], d
     """A learner and the loop, or a compiled model and `fit`."""
     if system == "research-fit":
         return with_keras.trainer(research.fit, with_keras.compiled(workload, 1), workload, data)
+    gc.freeze()  # as `just run` does
     made, batches = learner(workload), stream(data) if workload == "stream" else resident(workload, data)
     made = made._replace(train=reordering.reordered(made.train)) if system == "research-reordered" else made
     run = record.Run(Path(tempfile.mkdtemp()), workload, {})
