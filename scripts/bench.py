@@ -375,6 +375,7 @@ def _told(logs: dict[str, float]) -> str:
 def picture(found: dict[str, Any]) -> "Figure":
     """Each system's time per step over the floor's (or the first system's), a panel for each workload; lines are the rounds."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
     names, systems = list(found["ratios"]), list(reversed(found["config"]["systems"]))
     rows = {(row["workload"], row["system"]): row["us_per_step"]["rounds"] for row in found["rows"]}
@@ -383,8 +384,8 @@ def picture(found: dict[str, Any]) -> "Figure":
     figure = Figure(
         figsize=(2.2 + 2.6 * columns, (0.6 + 0.24 * len(systems)) * -(-len(names) // columns) + 0.6), layout="constrained"
     )
-    panels = figure.subplots(-(-len(names) // columns), columns, sharey=True, squeeze=False).flat
-    for axes in list(panels)[len(names) :]:
+    panels = list(figure.subplots(-(-len(names) // columns), columns, sharey=True, squeeze=False).flat)
+    for axes in panels[len(names) :]:
         axes.axis("off")
     for axes, name in zip(panels, names, strict=False):
         for place, system in enumerate(systems):
@@ -392,8 +393,14 @@ def picture(found: dict[str, Any]) -> "Figure":
             colour = "#cc3311" if system.startswith("research") else "#333333" if system.startswith("jax") else "#4477aa"
             axes.plot(interval(ratios)[::2], [place, place], color=colour, linewidth=3, alpha=0.4, solid_capstyle="round")
             axes.plot(median(ratios), place, "o", color=colour, markersize=4)
+            middle = (median(ratios), place)
+            axes.annotate(f"{middle[0]:.2f}", middle, (0, 4), textcoords="offset points", ha="center", fontsize=6, color=colour)
         axes.axvline(1, color="#999999", linewidth=0.8)
         axes.set_xscale("log")
+        axes.margins(x=0.1)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_title(name, fontsize=10)
         axes.set_yticks(range(len(systems)), [TITLES[system] for system in systems], fontsize=8)
         axes.tick_params(axis="x", labelsize=8)

@@ -76,6 +76,21 @@ def test_ratios_are_taken_round_by_round(bench: Any) -> None:
     assert "keras32_over_ours" not in found
 
 
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_each_workload_has_its_panel_and_each_system_its_point(bench: Any, count: int) -> None:
+    names, systems = WORKLOADS.split()[:count], ["research", "jax-scan"]
+    rows = [
+        {"workload": name, "system": system, "us_per_step": {"rounds": [1.0, 2.0]}, "peak_mb_over_imports": 1.0}
+        for name in names
+        for system in systems
+    ]
+    drawn = bench.picture({"config": {"systems": systems}, "ratios": {name: {} for name in names}, "rows": rows})
+    panels = [axes for axes in drawn.axes if axes.axison]
+    assert [axes.get_title() for axes in panels] == names
+    for axes in panels:
+        assert sum(line.get_marker() == "o" for line in axes.lines) == len(systems)
+
+
 @pytest.mark.slow
 def test_it_measures_writes_and_goes_on(tmp_path: Path) -> None:
     options = ["--systems", "research", "jax-scan", "keras-jax", "--rounds", "2", "--seconds", "0.05", "--sittings", "1"]
