@@ -226,7 +226,7 @@ def _sharded(learner: Learner, shapes: PyTree, mesh: Mesh, layout: Layout) -> Le
         return call
 
     return Learner(
-        init=lambda: jax.jit(learner.init, out_shardings=placed)(),
+        init=lambda: jax.device_put(learner.init(), placed),
         reset=lambda state: kept(learner.reset(state)),
         train=step(gathered[0]),
         evaluate=step(gathered[1]),

@@ -1,17 +1,48 @@
-"""Goes on with a run that was stopped: `resume.py RUN`, a run directory or an experiment's name for its latest."""
+"""Goes on with a run that was stopped: `resume.py RUN`, a run directory or an experiment's name for its latest.
+
+just resume digits
+just resume runs/clothes --mesh data=8    # on other devices than before; `--mesh one` for a single one
+"""
+
+import argparse
+import dataclasses
+from typing import NoReturn
 
 import run as runner
 
 
+class Wrong(Exception):
+    """Options that there are not."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every command here does."""
+
+    def error(self, message: str) -> NoReturn:
+        """Wrong usage."""
+        raise Wrong(message)
+
+
 def main(arguments: list[str]) -> int:
     """The command line; returns the exit code."""
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        return runner.refuse("just resume RUN: one run directory, or an experiment's name for its latest run.", 2)
+    parser = Parser(prog="just resume", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="a run directory, or an experiment's name for its latest run")
+    parser.add_argument("--mesh", help="other devices than before, as in `just run`; one: a single device")
+    parser.add_argument("--layout", choices=("data", "fsdp", "tensor"), help="where weights lie on them")
+    try:
+        asked = parser.parse_args(arguments)
+    except Wrong as wrong:
+        return runner.refuse(f"just resume RUN: {wrong}; RUN is a run directory, or an experiment's name for its latest run.", 2)
     from research import Refused
 
     try:
-        found = runner.recorded(arguments[0])
+        found = runner.recorded(asked.run)
         options = runner.Options(run_dir=found.directory, **found.options)
+        if asked.mesh is not None:
+            mesh = None if asked.mesh == "one" else asked.mesh
+            options = dataclasses.replace(options, mesh=mesh, layout=asked.layout)
+        elif asked.layout is not None:
+            options = dataclasses.replace(options, layout=asked.layout)
         return runner.run(found.experiment, found.module, found.config, options)
     except Refused as refusal:
         return runner.refuse(str(refusal), 1)
