@@ -21,12 +21,8 @@ def same_bits(equation: Any) -> Callable[..., list[Any]] | None:
     >>> any(found), all(found)
     (True, False)
     """
-    if equation.primitive.name == "threefry2x32":
-        return threefry.hashed
-    pooled, drawn = pooling.replacement(equation), threefry.spelled_out(equation)
-    if pooled is not None:
-        return lambda *given: [pooled(*given)]
-    return None if drawn is None else lambda *given: [_in_place(drawn, given)]
+    replaced = pooling.replacement(equation) or threefry.replacement(equation)
+    return None if replaced is None else lambda *given: [replaced(*given)]
 
 
 def rewritten(function: Callable[..., T], rule: Rule = same_bits) -> Callable[..., T]:
@@ -72,8 +68,3 @@ def _run(jaxpr: Any, consts: list[Any], args: list[Any], rule: Rule) -> list[Any
             found = results if equation.primitive.multiple_results else [results]
         values.update(zip(equation.outvars, found, strict=True))
     return [of(atom) for atom in jaxpr.outvars]
-
-
-def _in_place(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    program = jax.make_jaxpr(function)(*args)
-    return _run(program.jaxpr, program.consts, list(args), same_bits)[0]

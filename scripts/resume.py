@@ -32,7 +32,8 @@ def main(arguments: list[str]) -> int:
     try:
         asked = parser.parse_args(arguments)
     except Wrong as wrong:
-        return runner.refuse(f"just resume RUN: {wrong}; RUN is a run directory, or an experiment's name for its latest run.", 2)
+        known = "one run directory, or an experiment's name for its latest run."
+        return runner.refuse(f"just resume RUN: {known}" if not arguments else f"just resume RUN: {wrong}; RUN is {known}", 2)
     from research import Refused
 
     try:
