@@ -14,6 +14,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
+from research.transforms import bound
+
 T = TypeVar("T")
 Tag = NamedSharding | None  # how a value is to lie where it is used; None: as it lies
 
@@ -67,29 +69,23 @@ def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], tags: Sequence[
         name = equation.primitive.name
         after: list[Tag] = [None] * len(equation.outvars)
         if not any(wanted) or name in REDUCTIONS:
-            found = _bound(equation, given)
+            found = bound(equation, given)
         elif name in _INSIDE:
             found, after = _INSIDE[name](equation, given, wanted)
         elif name in NUMBER_BY_NUMBER:
-            found = _bound(equation, given)
+            found = bound(equation, given)
             after = [_kept(out.aval.shape, equation.invars, wanted) for out in equation.outvars]
         elif name == "transpose":
-            found, after = _bound(equation, given), [_transposed(wanted[0], equation.params["permutation"])]
+            found, after = bound(equation, given), [_transposed(wanted[0], equation.params["permutation"])]
         else:
             again = any(tag is not None and atom in used for atom, tag in zip(equation.invars, wanted, strict=True))
             used |= {atom for atom, tag in zip(equation.invars, wanted, strict=True) if tag is not None}
             # Tied to the other operands a gathering can't be one with an earlier one, whose result would have to be kept.
             tied = jax.lax.optimization_barrier(given) if again and not all(wanted) else given
-            found = _bound(equation, [_gathered(value, tag) for value, tag in zip(tied, wanted, strict=True)])
+            found = bound(equation, [_gathered(value, tag) for value, tag in zip(tied, wanted, strict=True)])
         values.update(zip(equation.outvars, found, strict=True))
         tagged.update((out, tag) for out, tag in zip(equation.outvars, after, strict=True) if tag is not None)
     return [of(atom) for atom in jaxpr.outvars], [tag_of(atom) for atom in jaxpr.outvars]
-
-
-def _bound(equation: Any, given: Sequence[Any]) -> list[Any]:
-    with equation.ctx.manager:
-        results = equation.primitive.bind(*given, **equation.primitive.get_bind_params(equation.params))
-    return list(results) if equation.primitive.multiple_results else [results]
 
 
 def _gathered(value: Any, tag: Tag) -> Any:

@@ -7,7 +7,7 @@ import jax
 import jax.extend
 
 from research import pooling, threefry
-from research.transforms import equations
+from research.transforms import bound, equations
 
 T = TypeVar("T")
 Rule = Callable[[Any], Callable[..., list[Any]] | None]  # what computes an equation's results otherwise; None for one that stays
@@ -63,8 +63,6 @@ def _run(jaxpr: Any, consts: list[Any], args: list[Any], rule: Rule) -> list[Any
         elif equation.primitive.name == "jit" and any(rule(each) for each in equations(inner.jaxpr)):
             found = _run(inner.jaxpr, inner.consts, given, rule)
         else:
-            with equation.ctx.manager:
-                results = equation.primitive.bind(*given, **equation.primitive.get_bind_params(equation.params))
-            found = results if equation.primitive.multiple_results else [results]
+            found = bound(equation, given)
         values.update(zip(equation.outvars, found, strict=True))
     return [of(atom) for atom in jaxpr.outvars]

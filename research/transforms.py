@@ -1,6 +1,6 @@
 """From one pure function to another: several steps as one program, one gradient from parts of a batch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -115,6 +115,18 @@ def equations(jaxpr: Any) -> Iterator[Any]:
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
             if _is_program(inner):
                 yield from equations(getattr(inner, "jaxpr", inner))
+
+
+def bound(equation: Any, operands: Sequence[Any]) -> list[Any]:
+    """What an equation of a program gives for these operands.
+
+    >>> (equation,) = jax.make_jaxpr(jnp.sin)(0.0).eqns
+    >>> [float(each) for each in bound(equation, [jnp.zeros(())])]
+    [0.0]
+    """
+    with equation.ctx.manager:
+        results = equation.primitive.bind(*operands, **equation.primitive.get_bind_params(equation.params))
+    return list(results) if equation.primitive.multiple_results else [results]
 
 
 def _is_program(value: Any) -> bool:
