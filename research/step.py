@@ -134,8 +134,12 @@ def supervised(
     weighted_metrics: Any = None,
     loss_weights: Any = None,
     example: Batch | None = None,
+    gradient_transform: Callable[[Gradient], Gradient] = lambda gradient: gradient,
 ) -> Learner:
     """Supervised learning of a Keras model; the arguments are those of `model.compile`, the optimizer may be optax'.
+
+    `gradient_transform` makes another gradient of the batch's before the update sees it: in parts, say, by
+    `lambda gradient: accumulate(gradient, 4)`.
 
     `example`, a batch of arrays or of `jax.ShapeDtypeStruct`s, is needed where the model has no `keras.Input`, and where targets
     are shaped neither like the outputs nor, under a sparse loss, like the outputs without their last axis. Build order does
@@ -188,7 +192,7 @@ def supervised(
     return Learner(
         init=init,
         reset=lambda state: state._replace(metrics=measures.reset(state.metrics)),
-        train=step(gradient(objective, scale), update, measures, examples),
+        train=step(gradient_transform(gradient(objective, scale)), update, measures, examples),
         evaluate=evaluate,
         predict=predict,
         names=names(),

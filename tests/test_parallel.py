@@ -134,24 +134,19 @@ def test_weights_are_split_and_gathered_where_they_are_used(axes: str) -> None:
 
 
 def test_a_gradient_in_parts_gathers_inside_its_loop() -> None:
-    objective, measures = research.keras_objective(model := mlp_without_dropout(), loss=CLASSES)
-    update = research.keras_update(keras.optimizers.SGD(0.1), model.trainable_variables)
-    gradient = accumulate(research.gradient(objective), 2)
-    made = research.supervised(model, loss=CLASSES, optimizer=keras.optimizers.SGD(0.1))
-    learner = made._replace(train=research.step(gradient, update, measures, lambda batch: 16))
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((16,)), layers.Dense(64, "relu"), layers.Dense(8)])
+    options = {"loss": CLASSES, "optimizer": keras.optimizers.SGD(0.1)}
+    learner = research.supervised(model, **options, gradient_transform=lambda gradient: accumulate(gradient, 2))
+    whole = research.supervised(model, **options)
     x, y = examples("mlp")
     batch = research.Batch(x[:16], y[:16])
-    alone, _ = jax.jit(learner.train)(learner.init(), batch)
+    alone, _ = jax.jit(whole.train)(whole.init(), batch)
     sharded = parallel.shard(learner, parallel.mesh(fsdp=8))
     state, _ = jax.jit(sharded.train)(sharded.init(), batch)
     np.testing.assert_allclose(state.trainable[0], alone.trainable[0], rtol=1e-5, atol=1e-6)
     jaxpr = str(jax.make_jaxpr(sharded.train)(sharded.init(), batch))
     assert "sharding_constraint" in jaxpr[jaxpr.index("scan[") :]
-
-
-def mlp_without_dropout() -> keras.Model:
-    keras.utils.set_random_seed(0)
-    return keras.Sequential([keras.Input((16,)), layers.Dense(64, "relu"), layers.Dense(8)])
 
 
 @pytest.mark.slow
