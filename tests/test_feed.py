@@ -173,6 +173,23 @@ def test_dispatches_grow_to_about_a_tenth_of_a_second_and_shrink_again(monkeypat
     assert {9, 10}.issuperset(sizes[-3:])
 
 
+def test_time_in_which_nothing_runs_does_not_slow_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, pace = 0.0, Pace()
+    monkeypatch.setattr(feed.time, "perf_counter", lambda: clock)
+    monkeypatch.setattr(feed.jax, "block_until_ready", lambda results: None)
+    for _ in range(12):
+        clock += 1e-3 * pace.steps
+        pace.dispatched(None, pace.steps)
+    assert pace.steps > 50
+    before = pace.steps
+    pace.rest()
+    clock += 100.0
+    for _ in range(3):
+        clock += 1e-3 * pace.steps
+        pace.dispatched(None, pace.steps)
+    assert pace.steps >= before
+
+
 def test_stretches_end_where_somebody_looks() -> None:
     pace = Pace()
     pace.steps = 50

@@ -254,3 +254,27 @@ def test_an_evaluation_that_does_not_fit_is_refused_before_training() -> None:
 def test_training_needs_an_end() -> None:
     with pytest.raises(research.Refused, match="steps is None and epochs is None"):
         research.train(learner(), data())
+
+
+def test_resident_data_is_brought_to_the_device_once() -> None:
+    made, held, asked = (
+        learner_of_one(),
+        research.arrays(np.ones((12, 1), "float32"), np.ones((12, 1), "float32"), batch_size=4),
+        [],
+    )
+    assert held.resident is not None
+    host = held.resident.source()
+
+    def source() -> Any:
+        asked.append(True)
+        return host
+
+    data = held._replace(resident=held.resident._replace(source=source))
+    state, _ = research.train(made, data, epochs=1)
+    state, _ = research.train(made, data, epochs=1, state=state)
+    research.evaluate(made, data, state)
+    assert len(asked) == 1
+
+
+def learner_of_one() -> research.Learner:
+    return research.supervised(keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)]), loss="mse", optimizer="sgd")

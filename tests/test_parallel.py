@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from keras import layers
 
 import research
-from research import Refused, parallel
+from research import Refused, compiled, parallel
 from research.transforms import accumulate
 
 ROOT = Path(__file__).parent.parent
@@ -106,11 +106,12 @@ def test_one_program_serves_all_steps_and_batches_from_the_host(axes: str, caplo
     data = parallel.spread(research.arrays(x, y, batch_size=16, resident_bytes=0), mesh)
     assert data.batch(0).x.sharding.spec[0] is not None
     assert data.batch(4).x.shape == (8, 16)  # an epoch's last
+    assert compiled.training(learner, data, learner.init()).capacity == 1  # side by side they would come back to the host
     with jax.log_compiles(True), caplog.at_level("WARNING"):
         _, found = trained(learner, data, None, 15)
     np.testing.assert_allclose(found, losses, rtol=2e-6)
-    compiled = [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage() and "train_steps" in r.getMessage()]
-    assert len(compiled) <= 2  # one for whole batches, one for the last
+    programs = [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage() and "train_steps" in r.getMessage()]
+    assert len(programs) <= 2  # one for whole batches, one for the last
 
 
 @pytest.mark.parametrize("axes", ["fsdp", "data x fsdp"])
