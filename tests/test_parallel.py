@@ -17,7 +17,7 @@ from keras import layers
 
 import research
 from research import Refused, compiled, parallel
-from research.transforms import accumulate
+from research.transforms import accumulate, equations
 
 ROOT = Path(__file__).parent.parent
 RNG = np.random.default_rng(0)
@@ -136,7 +136,7 @@ def test_weights_are_split_and_gathered_where_they_are_used(axes: str) -> None:
 
 def test_a_gradient_in_parts_gathers_inside_its_loop() -> None:
     keras.utils.set_random_seed(0)
-    model = keras.Sequential([keras.Input((16,)), layers.Dense(64, "relu"), layers.Dense(8)])
+    model = keras.Sequential([keras.Input((16,)), layers.Dense(64, "relu"), layers.Dense(64, "relu"), layers.Dense(8)])
     options = {"loss": CLASSES, "optimizer": keras.optimizers.SGD(0.1)}
     learner = research.supervised(model, **options, gradient_transform=lambda gradient: accumulate(gradient, 2))
     whole = research.supervised(model, **options)
@@ -146,8 +146,10 @@ def test_a_gradient_in_parts_gathers_inside_its_loop() -> None:
     sharded = parallel.shard(learner, parallel.mesh(fsdp=8))
     state, _ = jax.jit(sharded.train)(sharded.init(), batch)
     np.testing.assert_allclose(state.trainable[0], alone.trainable[0], rtol=1e-5, atol=1e-6)
-    jaxpr = str(jax.make_jaxpr(sharded.train)(sharded.init(), batch))
-    assert "sharding_constraint" in jaxpr[jaxpr.index("scan[") :]
+    loops = [e for e in equations(jax.make_jaxpr(sharded.train)(sharded.init(), batch).jaxpr) if e.primitive.name == "scan"]
+    inside = [e.primitive.name for loop in loops for e in equations(loop.params["jaxpr"].jaxpr)]
+    assert inside.count("sharding_constraint") >= 3  # two kernels on the way forth, one on the way back
+    assert "optimization_barrier" in inside  # which is gathered anew there
 
 
 @pytest.mark.slow
