@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 
 from research.data import Batches, Resident
 from research.gathering import gathering
-from research.state import Refused
+from research.state import Refused, abstract
 from research.step import Learner
 
 AXES = ("data", "fsdp", "tensor")  # over the first two batches are split, over the last two weights
@@ -186,7 +186,8 @@ def shard(learner: Learner, mesh: Mesh, layout: Layout | None = None) -> Learner
     >>> state.trainable[0].sharding.spec
     P()
     """
-    return _sharded(learner, jax.eval_shape(learner.init), mesh, layout or fitting(mesh))
+    placed = shardings(learner.names, jax.eval_shape(learner.init), mesh, layout or fitting(mesh))
+    return _sharded(learner, placed, mesh)
 
 
 def born(build: Callable[[], Learner], mesh: Mesh, layout: Layout | None = None) -> tuple[Learner, Any]:
@@ -202,16 +203,12 @@ def born(build: Callable[[], Learner], mesh: Mesh, layout: Layout | None = None)
     >>> state.trainable[0].shape
     (4, 2)
     """
-    from research import state
-
-    learner, shapes = state.abstract(build)
-    sharded = _sharded(learner, shapes, mesh, layout or fitting(mesh))
+    learner, shapes = abstract(build)
     placed = shardings(learner.names, shapes, mesh, layout or fitting(mesh))
-    return sharded, jax.jit(lambda: build().init(), out_shardings=placed)()
+    return _sharded(learner, placed, mesh), jax.jit(lambda: build().init(), out_shardings=placed)()
 
 
-def _sharded(learner: Learner, shapes: PyTree, mesh: Mesh, layout: Layout) -> Learner:
-    placed = shardings(learner.names, shapes, mesh, layout)
+def _sharded(learner: Learner, placed: PyTree, mesh: Mesh) -> Learner:
     whole = jax.tree.map(_without_fsdp, placed)
     gathered = [gathering(function, whole) for function in (learner.train, learner.evaluate, learner.predict)]
 
