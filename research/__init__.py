@@ -26,7 +26,7 @@ from research.fit import fit, predict_on_batch, test_on_batch, train_on_batch
 from research.loop import Entry, train
 from research.measures import Measures
 from research.objective import Aux, Objective, keras_objective
-from research.sources import indexed, iterated
+from research.sources import indexed, iterated, picked
 from research.state import Batch, Refused, State, abstract, born, parameters, write_back
 from research.step import Gradient, Learner, Step, examples, from_keras, gradient, step, supervised
 from research.transforms import accumulate
@@ -67,6 +67,7 @@ __all__ = [
     "keras_update",
     "optax_update",
     "parameters",
+    "picked",
     "predict",
     "predict_on_batch",
     "set_learning_rate",

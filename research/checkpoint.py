@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from research.loop import Hook
+from research.processes import is_first
 from research.state import Refused
 
 MANIFEST = "manifest.json"
@@ -44,34 +45,49 @@ def save(directory: Path, step: int, state: PyTree, names: PyTree, logs: PyTree 
     >>> restored.step, restored.state, restored.logs
     (3, {'w': Array([1., 1.], dtype=float32)}, {'loss': array(0.5)})
     """
+    return _save(directory, step, _stored(state), _described(state, names), logs, keep)
+
+
+def _save(directory: Path, step: int, leaves: list[Array], described: list[list[Any]], logs: PyTree, keep: int) -> Path:
+    """The same of leaves as they are stored. Of several processes each writes what its devices hold, the first one the rest."""
     directory = directory.absolute()
     final = directory / f"{step:09d}"
     if final.exists() and damage(final) is None:
         return final  # the same step of the same run
     partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     written = partial / final.name
+    several, first = jax.process_count() > 1, is_first()
     try:
-        _write(written / "state", [_stored(leaf) for leaf in jax.tree.leaves(state)])
-        manifest = {
-            "step": step,
-            "leaves": _described(state, names),
-            "logs": {name: _numbers(np.asarray(v, np.float64).tolist()) for name, v in jax.device_get(logs or {}).items()},
-            "files": {str(path.relative_to(written)): _fingerprint(path) for path in _files(written)},
-        }
-        (written / MANIFEST).write_text(json.dumps(manifest))
-        if directory.exists():
-            shutil.rmtree(final, ignore_errors=True)  # a damaged one
-            written.rename(final)
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+        if several:
+            _write_together(written / "state", leaves)
         else:
-            partial.rename(directory)  # so that the directory is never there without a checkpoint
+            _write(written / "state", leaves)
+        if first:
+            manifest = {
+                "step": step,
+                "leaves": described,
+                "logs": {name: _numbers(np.asarray(v, np.float64).tolist()) for name, v in jax.device_get(logs or {}).items()},
+                "files": {str(path.relative_to(written)): _fingerprint(path) for path in _files(written)},
+            }
+            (written / MANIFEST).write_text(json.dumps(manifest))
+            if directory.exists():
+                shutil.rmtree(final, ignore_errors=True)  # a damaged one
+                written.rename(final)
+            else:
+                partial.rename(directory)  # so that the directory is never there without a checkpoint
+        if several:
+            _together(f"checkpoint {step}")
     except Exception as error:  # TensorStore wraps what the system says into errors of its own
         told = " ".join(str(error).split())[:300]
         raise OSError(f"checkpoint of step {step} can't be written to {directory}: {told}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    for old in [found for found in steps(directory) if found <= step][:-keep]:  # a later one may be damaged
-        shutil.rmtree(directory / f"{old:09d}", ignore_errors=True)
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+    if first:
+        for old in [found for found in steps(directory) if found <= step][:-keep]:  # a later one may be damaged
+            shutil.rmtree(directory / f"{old:09d}", ignore_errors=True)
     return final
 
 
@@ -167,7 +183,7 @@ def saving(directory: Path, names: PyTree, keep: int = 2) -> Iterator[Hook]:
     >>> with saving(Path(tempfile.mkdtemp()) / "checkpoints", {"w": "weight"}) as hook:
     ...     hook(5, {"w": jnp.ones(2)}, {})
     """
-    copied = jax.jit(lambda state: jax.tree.map(jnp.copy, state))
+    copied = jax.jit(lambda leaves: [jnp.copy(leaf) for leaf in leaves])
     pending: list[Future[Path]] = []
 
     def finish() -> None:
@@ -183,7 +199,8 @@ def saving(directory: Path, names: PyTree, keep: int = 2) -> Iterator[Hook]:
 
         def hook(step: int, state: Any, logs: Any) -> None:
             finish()
-            pending.append(pool.submit(save, directory, step, copied(state), names, logs, keep))
+            leaves, described = copied(_stored(state)), _described(state, names)  # here: a thread must not start programs
+            pending.append(pool.submit(_save, directory, step, leaves, described, logs, keep))
 
         try:
             yield hook
@@ -241,6 +258,26 @@ def _write(directory: Path, leaves: list[Array]) -> None:
     )
 
 
+def _write_together(directory: Path, leaves: list[Array]) -> None:
+    """Writes arrays that lie on the devices of several processes: Orbax knows how."""
+    import orbax.checkpoint as ocp
+
+    # With the processes listed Orbax waits by messages between hosts: by a program of the devices, as it would without, it would
+    # get in the way of training.
+    options = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+    with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
+        tree = {f"{i:05d}": leaf for i, leaf in enumerate(leaves)}
+        checkpointer.save(directory, args=ocp.args.PyTreeSave(item=tree))
+
+
+def _together(name: str) -> None:
+    """Waits until all processes are here."""
+    from orbax.checkpoint import multihost
+
+    multihost.sync_global_processes(name, processes=set(range(jax.process_count())))
+
+
 def _described(state: PyTree, names: PyTree) -> list[list[Any]]:
     """Of each leaf its name, shape and dtype."""
     leaves = jax.tree.leaves(state)
@@ -270,8 +307,12 @@ def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _stored(leaf: Any) -> Array:
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+def _stored(state: PyTree) -> list[Array]:
+    """A state's leaves as arrays of numbers."""
+    return [
+        jax.random.key_data(leaf) if _is_key(leaf) else leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+        for leaf in jax.tree.leaves(state)
+    ]
 
 
 def _target(leaf: Any) -> jax.ShapeDtypeStruct:

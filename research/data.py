@@ -29,7 +29,9 @@ class Batches(NamedTuple):
     """A data set cut into batches.
 
     `batch(step)` is that step's batch on the host, a pure function of the step counted from the start of training. Everything
-    else is known without loading anything: `shapes` is a whole batch as `jax.ShapeDtypeStruct`s.
+    else is known without loading anything: `shapes` is a whole batch as `jax.ShapeDtypeStruct`s. `part(step, start, stop)`, where
+    it is given, is some of that batch's examples, for less than the whole costs: what one of several processes reads. `batch`,
+    `resident` and `part` tell the same: who replaces one replaces, or empties, the others.
     """
 
     batch: Callable[[int], Any]
@@ -37,6 +39,7 @@ class Batches(NamedTuple):
     steps_per_epoch: int
     examples: int
     resident: Resident | None = None
+    part: Callable[[int, int, int], Any] | None = None
 
 
 def arrays(
@@ -90,6 +93,7 @@ def arrays(
         steps_per_epoch=steps,
         examples=n,
         resident=Resident(lambda: host, rows) if size <= resident_bytes else None,
+        part=lambda step, start, stop: take(host, rows(step, 1)[start:stop]),
     )
 
 
@@ -127,13 +131,32 @@ def deferred(load: Callable[[], Batches], shapes: Any, examples: int) -> Batches
         assert found is not None
         return found.rows(step, steps)
 
+    def part(step: int, start: int, stop: int) -> Any:
+        found = loaded()
+        if found.part is not None:
+            return found.part(step, start, stop)
+        return jax.tree.map(lambda leaf: leaf[start:stop], found.batch(step))
+
     return Batches(
         batch=lambda step: loaded().batch(step),
         shapes=shapes,
         steps_per_epoch=steps_in(examples, leading.pop()),
         examples=examples,
         resident=Resident(source, rows) if size <= RESIDENT_BYTES else None,
+        part=part,
     )
+
+
+def rows_in(data: Batches, step: int) -> int:
+    """The examples in a step's batch: an epoch's last may have fewer.
+
+    >>> import numpy as np
+    >>> batches = arrays(np.arange(5.0), batch_size=2)
+    >>> [rows_in(batches, step) for step in range(4)]
+    [2, 2, 1, 2]
+    """
+    size = int(jax.tree.leaves(data.shapes)[0].shape[0])
+    return min(size, data.examples - step % data.steps_per_epoch * size)
 
 
 def steps_in(examples: int, batch_size: int) -> int:

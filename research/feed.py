@@ -34,6 +34,8 @@ class Piece(NamedTuple):
 class Pace:
     """How many steps to dispatch at once, found from how long earlier ones took; keeps the host from running far ahead.
 
+    `agree` is asked at each dispatch and makes one number of what several processes found: they have to dispatch the same.
+
     >>> pace = Pace()
     >>> for _ in range(3):
     ...     pace.dispatched(jnp.zeros(()), steps=1)
@@ -41,21 +43,24 @@ class Pace:
     1
     """
 
-    def __init__(self) -> None:
+    def __init__(self, agree: Callable[[int], int] = lambda steps: steps) -> None:
+        self.agree = agree
         self.steps = 1
         self.running: deque[tuple[Any, int]] = deque()
         self.since: float | None = None
 
     def dispatched(self, results: Any, steps: int) -> None:
         """So many steps were dispatched, with these results. Waits for the dispatch that is `IN_FLIGHT` before."""
+        found = self.steps
         self.running.append((results, steps))
         if len(self.running) > IN_FLIGHT:
             results, steps = self.running.popleft()
             jax.block_until_ready(results)
             now = time.perf_counter()
             if self.since is not None:
-                self.steps = max(1, min(2 * self.steps, int(SECONDS * steps / max(now - self.since, 1e-9))))
+                found = max(1, min(2 * self.steps, int(SECONDS * steps / max(now - self.since, 1e-9))))
             self.since = now
+        self.steps = self.agree(found)
 
     def rest(self) -> None:
         """Time passes in which no step is run."""
@@ -158,6 +163,16 @@ class Ahead(Generic[T]):
 
     def _send(self) -> None:
         self.coming.append(self.pool.submit(next, self.items, self))
+
+
+def brought(tree: PyTree) -> PyTree:
+    """A batch on the device; one that lies on the devices of several processes stays where it is.
+
+    >>> isinstance(brought(np.zeros(2)), jax.Array)
+    True
+    """
+    there = any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in jax.tree.leaves(tree))
+    return tree if there else jax.device_put(tree)
 
 
 def kind(tree: PyTree) -> Any:

@@ -1,6 +1,8 @@
 """What XLA's CPU compiler computes slowly, computed otherwise: the same bits in less time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import jax
@@ -11,6 +13,23 @@ from research.transforms import bound, equations
 
 T = TypeVar("T")
 Rule = Callable[[Any], Callable[..., list[Any]] | None]  # what computes an equation's results otherwise; None for one that stays
+
+_elsewhere = ContextVar("elsewhere", default=False)
+
+
+@contextmanager
+def elsewhere() -> Iterator[None]:
+    """Within it programs are traced for other chips than this process has: nothing is rewritten for its CPU.
+
+    >>> with elsewhere():
+    ...     rewritten(lambda x: x + 1, rule=lambda equation: print)(1)
+    2
+    """
+    token = _elsewhere.set(True)
+    try:
+        yield
+    finally:
+        _elsewhere.reset(token)
 
 
 def same_bits(equation: Any) -> Callable[..., list[Any]] | None:
@@ -40,7 +59,7 @@ def rewritten(function: Callable[..., T], rule: Rule = same_bits) -> Callable[..
     """
 
     def call(*args: Any) -> T:
-        if jax.default_backend() != "cpu" or jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+        if _elsewhere.get() or jax.default_backend() != "cpu" or jax.config.jax_disable_jit:  # type: ignore[attr-defined]
             return function(*args)
         program, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
         return jax.tree.unflatten(jax.tree.structure(shapes), _run(program.jaxpr, program.consts, jax.tree.leaves(args), rule))

@@ -12,7 +12,8 @@ from jaxtyping import PyTree
 
 from research.compiled import Training, evaluation, kept, prediction, sparing, training
 from research.data import Batches
-from research.feed import IN_FLIGHT, Ahead, Pace, Piece, kind, numbered, pieces, stretches
+from research.feed import IN_FLIGHT, Ahead, Pace, Piece, brought, kind, numbered, pieces, stretches
+from research.processes import lowest, whole
 from research.state import Refused
 from research.step import Learner
 
@@ -105,7 +106,7 @@ def train(
         for value in [value for _, _, logs, _ in pending for value in logs.values() if isinstance(value, jax.Array)]:
             value.copy_to_host_async()
 
-    done, pace = start, Pace()
+    done, pace = start, Pace(lowest(1))
     plan = stretches(start, total, [data.steps_per_epoch, *(every for every, _ in hooks)], pace, trained.capacity)
     try:
         if logs is not None and start:
@@ -161,7 +162,7 @@ def predict(learner: Learner, data: Batches, state: Any) -> PyTree:
     outputs = []
     with _brought(data) as batches:
         for batch in batches:
-            waiting.append(program(state, batch))
+            waiting.append(whole(program(state, batch)))
             if len(waiting) > IN_FLIGHT:
                 outputs.append(jax.device_get(waiting.popleft()))
     outputs += jax.device_get(list(waiting))
@@ -232,14 +233,14 @@ def _fed(trained: Training, data: Batches, plan: Iterator[tuple[int, int]]) -> I
         found = numbered(plan, data.resident.rows, size, capacity)
         yield functools.partial(run, source), _Kept(found)
         return
-    put = (piece._replace(batches=jax.device_put(piece.batches)) for piece in pieces(plan, data.batch, data.shapes, capacity))
+    put = (piece._replace(batches=brought(piece.batches)) for piece in pieces(plan, data.batch, data.shapes, capacity))
     with Ahead(put) as ahead:
         yield functools.partial(run, None), ahead
 
 
 def _brought(data: Batches) -> Ahead[Any]:
     """The batches of one pass, on the device, the next on their way while one is worked on."""
-    return Ahead(jax.device_put(data.batch(step)) for step in range(data.steps_per_epoch))
+    return Ahead(brought(data.batch(step)) for step in range(data.steps_per_epoch))
 
 
 def _total(steps: int | None, epochs: int | None, data: Batches) -> int:
@@ -262,4 +263,4 @@ def _numbers(logs: dict[str, Any], slot: int | None = None) -> dict[str, float]:
     return numbers
 
 
-_placed = kept(lambda source: jax.device_put(source()))  # what is kept on the device is brought there once
+_placed = kept(lambda source: brought(source()))  # what is kept on the device is brought there once

@@ -1,6 +1,7 @@
 """One learner on many devices: a mesh, where weights lie on it, and steps that keep to that and compute the same numbers."""
 
 import difflib
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-from research.data import Batches, Resident
+from research.data import Batches, Resident, rows_in
 from research.gathering import gathering
 from research.state import Refused, abstract
 from research.step import Learner
@@ -264,6 +265,27 @@ def spread(batches: Batches, mesh: Mesh, *, divides: bool = True) -> Batches:
         sharding = NamedSharding(mesh, spec)
         return jax.make_array_from_callback(np.shape(leaf), sharding, lambda part: np.asarray(leaf)[part])
 
+    def batch(step: int) -> Any:
+        held = batches.part
+        count = rows_in(batches, step)
+        if held is None or count % parts:
+            return jax.tree.map(lambda leaf: place(leaf, _batch_spec(leaf, mesh)), batches.batch(step))
+        # What each of this process' devices is to have, and nothing else, is read.
+        read = functools.cache(lambda start, stop: jax.tree.leaves(held(step, start, stop)))
+
+        def placed(i: int, shape: jax.ShapeDtypeStruct) -> jax.Array:
+            whole = (count, *shape.shape[1:])
+            sharding = NamedSharding(mesh, P(_batch_axes(mesh)))
+
+            def own(where: Any) -> Any:
+                start, stop, _ = where[0].indices(count)
+                return read(start, stop)[i]
+
+            return jax.make_array_from_callback(whole, sharding, own)
+
+        leaves, structure = jax.tree.flatten(batches.shapes)
+        return jax.tree.unflatten(structure, [placed(i, leaf) for i, leaf in enumerate(leaves)])
+
     def shape(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, _batch_spec(leaf, mesh)))
 
@@ -272,8 +294,9 @@ def spread(batches: Batches, mesh: Mesh, *, divides: bool = True) -> Batches:
         source = lambda: jax.tree.map(lambda leaf: place(leaf, P()), held.source())  # noqa: E731
         return batches._replace(resident=Resident(source, held.rows, NamedSharding(mesh, P())))
     return batches._replace(
-        batch=lambda step: jax.tree.map(lambda leaf: place(leaf, _batch_spec(leaf, mesh)), batches.batch(step)),
+        batch=batch,
         shapes=jax.tree.map(shape, batches.shapes),
+        part=None,
     )
 
 

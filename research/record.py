@@ -1,6 +1,7 @@
 """The run directory: what was run, with what, and what came of it."""
 
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -26,16 +27,20 @@ PACKAGES = ("jax", "jaxlib", "keras", "optax", "numpy", "orbax-checkpoint", "res
 
 
 class Run(NamedTuple):
-    """A run's directory, and what identifies the run."""
+    """A run's directory, and what identifies the run.
+
+    Of several processes only the first writes there; the `directory` of another is one of its own, `home` the run's.
+    """
 
     directory: Path
     experiment: str
     config: dict[str, Any]
+    home: Path | None = None
 
     @property
     def checkpoints(self) -> Path:
-        """Where the run's checkpoints are."""
-        return self.directory / "checkpoints"
+        """Where the run's checkpoints are, of which each process writes its part."""
+        return (self.home or self.directory) / "checkpoints"
 
 
 def open_run(directory: Path, experiment: str, config: Mapping[str, Any]) -> tuple[Run, dict[str, Any] | None]:
@@ -180,6 +185,19 @@ def versions() -> dict[str, Any]:
     found["revision"] = _git("rev-parse", "HEAD").strip() or None
     found["command"] = sys.argv
     return found
+
+
+def code() -> dict[str, Any]:
+    """What tells whether two processes run the same code: versions, the source's revision, a sum over the sources themselves.
+
+    >>> code() == code()
+    True
+    """
+    root = Path(__file__).parent.parent
+    files = [*sorted((root / "research").glob("*.py")), *sorted((root / "experiments").glob("*.py"))]
+    content = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+    packages = {name: _version(name) for name in PACKAGES}
+    return {"revision": _git("rev-parse", "HEAD").strip() or None, "source": content, **packages}
 
 
 def draw(run: Run, pictures: Mapping[str, "Figure"], epoch: int | None = None) -> dict[str, Path]:

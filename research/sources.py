@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from research.data import Batches
+from research.data import Batches, arrays
 from research.state import Batch, Refused, rows
 
 
@@ -40,6 +40,29 @@ def indexed(source: Indexed, *, steps_per_epoch: int | None = None, name: str = 
         raise Refused(f"{name}: it has no batch, expected at least one: check what it was made from.")
     first = _batch(source[0], name)
     return _batches(lambda step: _batch(source[step % len(source)], name), first, steps_per_epoch or len(source))
+
+
+def picked(source: Indexed, *, batch_size: int = 32, seed: int = 0, shuffle: bool = True, name: str = "data") -> Batches:
+    """Batches put together from a data set that gives any single example: a Grain `MapDataset`, a PyTorch `Dataset`, a list.
+
+    An item is an example without a batch axis, otherwise as for `indexed`. The order is that of `arrays`. Of several processes
+    each reads only the examples that go to its devices. Raises `Refused` for an empty data set or one smaller than a batch.
+
+    >>> batches = picked([(np.full(3, i), i) for i in range(5)], batch_size=2, shuffle=False)
+    >>> batches.steps_per_epoch, batches.batch(1).y.tolist(), batches.batch(2).x.shape
+    (3, [2, 3], (1, 3))
+    """
+    if len(source) < max(batch_size, 1):
+        raise Refused(f"{name}: the batch size is {batch_size} but there are {len(source)} examples: choose fewer, or more data.")
+
+    def part(step: int, start: int, stop: int) -> Batch:
+        items = [_batch(source[int(row)], name) for row in order.batch(step).x[start:stop]]
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *items)
+
+    order = arrays(np.arange(len(source), dtype=np.int32), batch_size=batch_size, seed=seed, shuffle=shuffle)
+    first = _batch(source[0], name)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((batch_size, *leaf.shape), leaf.dtype), first)
+    return Batches(lambda step: part(step, 0, batch_size), shapes, order.steps_per_epoch, len(source), part=part)
 
 
 def iterated(

@@ -29,6 +29,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("run", help="a run directory, or an experiment's name for its latest run")
     parser.add_argument("--mesh", help="other devices than before, as in `just run`; one: a single device")
     parser.add_argument("--layout", choices=("data", "fsdp", "tensor"), help="where weights lie on them")
+    parser.add_argument("--coordinator", help="as in `just run`, where this is one of several processes")
+    parser.add_argument("--processes", type=int, help="how many there are")
+    parser.add_argument("--process", type=int, help="which of them this one is")
+    parser.add_argument("--join-timeout", type=int, default=300, help="seconds to wait for the others")
     try:
         asked = parser.parse_args(arguments)
     except Wrong as wrong:
@@ -38,7 +42,8 @@ def main(arguments: list[str]) -> int:
 
     try:
         found = runner.recorded(asked.run)
-        options = runner.Options(run_dir=found.directory, **found.options)
+        joining = {name: getattr(asked, name) for name in ("coordinator", "processes", "process", "join_timeout")}
+        options = runner.Options(run_dir=found.directory, **joining, **found.options)
         if asked.mesh is not None:
             mesh = None if asked.mesh == "one" else asked.mesh
             options = dataclasses.replace(options, mesh=mesh, layout=asked.layout)
@@ -46,7 +51,7 @@ def main(arguments: list[str]) -> int:
             options = dataclasses.replace(options, layout=asked.layout)
         return runner.run(found.experiment, found.module, found.config, options)
     except Refused as refusal:
-        return runner.refuse(str(refusal), 1)
+        return runner.failed(refusal)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -52,6 +52,17 @@ class Options:
     """Where weights lie on the mesh; by default as its axes suggest."""
     compiler_flags: bool = True
     """Whether compilers are told what is advised for their chips (research/flags.py)."""
+    coordinator: str | None = None
+    """host:port where the first of several processes listens; on TPU pods, SLURM, Open MPI and GKE it is found by itself."""
+    processes: int | None = None
+    """How many processes there are."""
+    process: int | None = None
+    """Which of them this one is, from 0."""
+    join_timeout: int = 300
+    """Seconds to wait for the others."""
+
+
+SAID_ANEW = ("run_dir", "profile", "coordinator", "processes", "process", "join_timeout")  # what a resumed run does not repeat
 
 
 class Recorded(NamedTuple):
@@ -111,7 +122,20 @@ def main(arguments: list[str]) -> int:
     try:
         return run(name, module, parsed.config, parsed.options)
     except Refused as refusal:
-        return refuse(str(refusal), 1)
+        return failed(refusal)
+
+
+def failed(refusal: Exception) -> int:
+    """Says what was refused, and gives the exit code: may be run again where it was the other processes that failed."""
+    import jax
+
+    from research import rollcall
+
+    code = refuse(str(refusal), 75 if isinstance(refusal, rollcall.Left) else 1)
+    if jax.distributed.is_initialized():
+        sys.stderr.flush()
+        os._exit(code)  # the usual way out waits for the other processes, which wait for this one
+    return code
 
 
 def misspelt(arguments: list[str], fields: list[dataclasses.Field[Any]]) -> str | None:
@@ -136,44 +160,72 @@ def arguments_of(config: type) -> type:
 
 def run(name: str, module: Any, config: Any, options: Options) -> int:
     """Trains an experiment into its run directory, from where it stopped, and draws and reports what came of it."""
-    from research import checkpoint, compiled, flags, record
+    import jax
+
+    from research import checkpoint, compiled, flags, processes, record
 
     gc.freeze()  # what was imported stays: going over it takes the collector a tenth of a second each time
     if options.compiler_flags:
         flags.advise(os.environ)
     compilation_cache()
-    directory = options.run_dir or record.new_directory(name, Path("runs"))
-    run, finished = record.open_run(directory, name, dataclasses.asdict(config))
-    if finished is not None:
-        print(f"{directory}: this run is finished; open {directory / 'report.html'}")
-        return 0
-    splits = module.data(config)
-    with ThreadPoolExecutor(1) as pool:
-        loading = pool.submit(splits["train"].batch, 0)  # while the network is built and compiled
-        learner, start, splits = placed(module, config, options, splits)
-        compiled.ahead(learner, splits["train"], start)
-        loading.result()  # what is wrong with the data is said before anything is written
-    with record.held(run):
+    processes.join(options.coordinator, options.processes, options.process, options.join_timeout)
+    let_go_when_asked()  # joining took the signals for itself
+    with contextlib.ExitStack() as stack:
+        if jax.process_count() > 1:
+            stack.enter_context(speaking(processes.is_first()))
+        kept = {key: value for key, value in dataclasses.asdict(options).items() if key not in SAID_ANEW}
+        if jax.process_count() > 1:
+            processes.alike({**dataclasses.asdict(config), **kept, **record.code()})
+        directory = Path(processes.shared(lambda: str(options.run_dir or record.new_directory(name, Path("runs")))))
+        if processes.shared(lambda: record.open_run(directory, name, dataclasses.asdict(config))[1] is not None):
+            print(f"{directory}: this run is finished; open {directory / 'report.html'}")
+            return 0
+        splits = module.data(config)
+        with ThreadPoolExecutor(1) as pool:
+            loading = pool.submit(splits["train"].batch, 0)  # while the network is built and compiled
+            learner, start, splits = placed(module, config, options, splits)
+            compiled.ahead(learner, splits["train"], start)
+            loading.result()  # what is wrong with the data is said before anything is written
+        mine = stack.enter_context(processes.own(directory))
+        run, _ = record.open_run(mine, name, dataclasses.asdict(config))
+        run = run._replace(home=directory)
+        stack.enter_context(record.held(run))
         at = checkpoint.Checkpoint(0, start, None)
-        newest = checkpoint.newest(run.checkpoints, lambda line: print(line, file=sys.stderr))
+        newest = processes.shared(lambda: text(checkpoint.newest(run.checkpoints, lambda line: print(line, file=sys.stderr))))
         if newest is not None:
-            at = checkpoint.restore(newest, at.state, learner.names)
-        kept = dataclasses.asdict(options)
-        del kept["run_dir"], kept["profile"]  # said anew each time
+            at = checkpoint.restore(Path(newest), at.state, learner.names)
         record.begin(run, kept, at.step)
         return go_on(run, module, learner, splits, config, options, at)
 
 
+@contextlib.contextmanager
+def speaking(first: bool) -> Iterator[None]:
+    """Leaves the standard output to one of several processes, and in it to Python: Gloo, in C++, tells it of each connection."""
+    terminal = os.fdopen(os.dup(1) if first else os.open(os.devnull, os.O_WRONLY), "w", buffering=1)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    os.close(nothing)
+    with contextlib.redirect_stdout(terminal):
+        yield
+
+
+def text(path: Path | None) -> str | None:
+    """A path as what can be told to other processes."""
+    return None if path is None else str(path)
+
+
 def placed(module: Any, config: Any, options: Options, splits: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     """An experiment's learner, its first state and its data, on one device or on the mesh that is asked for."""
+    import jax
+
     from research import Refused, parallel
 
-    if options.mesh is None:
+    if options.mesh is None and jax.process_count() == 1:
         if options.layout is not None:
             raise Refused(f"--layout {options.layout} without --mesh; expected both, as in --mesh fsdp=-1.")
         learner = module.build(config)
         return learner, learner.init(), splits
-    mesh = parallel.mesh(**axes(options.mesh))
+    mesh = parallel.mesh(**axes(options.mesh or "data=-1"))
     layout = None if options.layout is None else getattr(parallel, options.layout)
     learner, start = parallel.born(lambda: module.build(config), mesh, layout)
     return learner, start, {name: parallel.spread(held, mesh, divides=name == "train") for name, held in splits.items()}
@@ -195,33 +247,42 @@ def axes(text: str) -> dict[str, int]:
 
 def go_on(run: Any, module: Any, learner: Any, splits: Any, config: Any, options: Options, at: Any) -> int:
     """Trains from a checkpoint, and leaves the directory as its end, a failure or a signal wants it."""
-    from research import Refused, loop, record, signals
+    import jax
 
-    directory = run.directory
+    from research import Refused, loop, processes, record, rollcall, signals
+
+    directory = run.home
+    told_apart = "" if jax.process_count() == 1 else f"-{jax.process_index()}"
     summary = {"status": "failed", "steps": at.step, "epochs": 0, "metrics": {}, "resumed_from": at.step or None}
 
     def stopped(number: int) -> int:
         summary["status"] = "stopped" if number == signal.SIGINT else "preempted"
         record.summarise(run, summary)
         told = f"stopped by {signal.Signals(number).name} after step {summary['steps']}; to go on: just resume {directory}"
-        print(told, file=sys.stderr, flush=True)
+        if processes.is_first():
+            print(told, file=sys.stderr, flush=True)
         return signals.RESUMABLE
 
     with signals.stopping(stopped) as asked:
         try:
-            state = train(run, module, learner, splits, config, options, at, summary, asked)
-            results = finish(run, module, learner, splits, config, state, summary)
+            state = train(run, module, learner, splits, config, options, at, summary, processes.agreed(asked))
+            results = finish(run, module, learner, splits, config, processes.whole(state), summary)
         except loop.Stopped as stop:
             summary["steps"] = stop.step or summary["steps"]
-            return stopped(asked.signal)
+            return stopped(asked.signal or signal.SIGTERM)  # it may have been another process that was asked
         except Exception as error:
+            traced = directory / f"error{told_apart}.txt"
             with contextlib.suppress(OSError):  # the disk may be what failed
                 record.summarise(run, summary)
                 if not isinstance(error, Refused):
-                    (directory / "error.txt").write_text(traceback.format_exc())
+                    traced.write_text(traceback.format_exc())
             if isinstance(error, Refused):
                 raise
-            return refuse(f"{type(error).__name__}: {error}; the traceback is in {directory / 'error.txt'}", 1)
+            if processes.lost(error):
+                raise rollcall.Left(
+                    f"another process is gone; the traceback is in {traced}, to go on: just resume {directory}"
+                ) from error
+            raise Refused(f"{type(error).__name__}: {error}; the traceback is in {traced}") from error
         from research import report
 
         record.summarise(run, {**summary, "status": "finished"})
@@ -235,7 +296,7 @@ def train(
     run: Any, module: Any, learner: Any, splits: Any, config: Any, options: Options, at: Any, summary: dict[str, Any], asked: Any
 ) -> Any:
     """Trains from a checkpoint to the end, keeping `summary` true at every log and a checkpoint of what was done."""
-    from research import checkpoint, console, loop, record, state, tensorboard
+    from research import checkpoint, console, loop, processes, record, state, tensorboard
 
     data = splits["train"]
     total = config.epochs * data.steps_per_epoch
@@ -272,12 +333,16 @@ def train(
             progress(step, waited)
 
         def draw(step: int, state: Any, logs: Any) -> None:
-            record.draw(run, module.each_epoch(config, learner, state, splits), epoch=-(-step // data.steps_per_epoch))
+            figures = module.each_epoch(config, learner, processes.whole(state), splits)
+            record.draw(run, figures, epoch=-(-step // data.steps_per_epoch))
+
+        def looked_at(step: int, state: Any, logs: Any) -> None:
+            weights(step, processes.whole(state), logs)
 
         drawing = [(data.steps_per_epoch, draw)] if hasattr(module, "each_epoch") else []
         every = options.checkpoint_every or total + 1
         if at.step and (at.step % looks == 0 or at.step == total):
-            weights(at.step, at.state, {})
+            looked_at(at.step, at.state, {})
 
         try:
             trained, _ = loop.train(
@@ -291,7 +356,7 @@ def train(
                 log=log,
                 evaluations={"val": splits["val"]} if "val" in splits else {},
                 # A checkpoint comes last: what it has behind it is on the disk.
-                hooks=[*traced, *drawing, (looks, weights), (every, waited), (every, save)],
+                hooks=[*traced, *drawing, (looks, looked_at), (every, waited), (every, save)],
                 stop=asked,
                 progress=told,
             )
@@ -371,8 +436,8 @@ def refuse(message: str, code: int) -> int:
     return code
 
 
-def as_program(main: Callable[[list[str]], int]) -> NoReturn:
-    """Runs a command line as the process, which a signal can stop before and after the run too."""
+def let_go_when_asked() -> None:
+    """Makes a signal end the process at once, resumable: what holds where no training is under way."""
 
     def let_go(number: int, _: Any) -> None:
         print(f"stopped by {signal.Signals(number).name}; run the same command again", file=sys.stderr, flush=True)
@@ -380,6 +445,11 @@ def as_program(main: Callable[[list[str]], int]) -> NoReturn:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, let_go)
+
+
+def as_program(main: Callable[[list[str]], int]) -> NoReturn:
+    """Runs a command line as the process, which a signal can stop before and after the run too."""
+    let_go_when_asked()
     code = main(sys.argv[1:])
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # all is done, and the interpreter takes a while to end

@@ -17,6 +17,7 @@ from keras import layers
 
 import research
 from research import Refused, compiled, parallel
+from research.gathering import gathering
 from research.transforms import accumulate, equations
 
 ROOT = Path(__file__).parent.parent
@@ -150,6 +151,35 @@ def test_a_gradient_in_parts_gathers_inside_its_loop() -> None:
     inside = [e.primitive.name for loop in loops for e in equations(loop.params["jaxpr"].jaxpr)]
     assert inside.count("sharding_constraint") >= 3  # two kernels on the way forth, one on the way back
     assert "optimization_barrier" in inside  # which is gathered anew there
+
+
+def test_what_is_computed_again_is_gathered_again() -> None:
+    mesh = parallel.mesh(fsdp=8)
+    whole, split = jax.NamedSharding(mesh, P()), jax.NamedSharding(mesh, P("fsdp"))
+    weight, x = jnp.asarray(RNG.normal(size=(64, 64)), jnp.float32), jnp.asarray(RNG.normal(size=(8, 64)), jnp.float32)
+
+    def gradient(weight: Any, x: Any) -> Any:
+        block = jax.checkpoint(lambda weight, x: jnp.tanh(x @ weight) @ weight)
+        return jax.grad(lambda weight: jnp.sum(block(weight, x)))(weight)
+
+    program = gathering(gradient, whole)
+    found = jax.jit(program)(jax.device_put(weight, split), x)
+    np.testing.assert_allclose(found, jax.jit(gradient)(weight, x), rtol=1e-5, atol=1e-5)
+    again = [e for e in equations(jax.make_jaxpr(program)(weight, x).jaxpr) if e.primitive.name in ("checkpoint", "remat2")]
+    inside = [e.primitive.name for block in again for e in equations(block.params["jaxpr"])]
+    assert inside.count("sharding_constraint") == 2  # for what is computed again, and on the way back
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", ["data", "all"])
+def test_adam_magnifies_little(axes: str) -> None:
+    x, y = examples("attention")
+    alone = build("attention", keras.optimizers.AdamW(1e-3))
+    _, losses = trained(alone, research.arrays(x, y, batch_size=16), alone.init(), 20)
+    mesh = parallel.mesh(**MESHES[axes])
+    learner, start = parallel.born(lambda: build("attention", keras.optimizers.AdamW(1e-3)), mesh)
+    _, found = trained(learner, parallel.spread(research.arrays(x, y, batch_size=16), mesh), start, 20)
+    np.testing.assert_allclose(found, losses, rtol=1e-4)
 
 
 @pytest.mark.slow
