@@ -21,6 +21,12 @@ run *args: _core
 resume *args: _core
     @exec "{{ bin }}/python" "{{ root }}/scripts/resume.py" "$@"
 
+# Several processes on this machine, joined as on a pod: `just processes 2 run digits --mesh data=-1`.
+[no-cd]
+[no-exit-message]
+processes *args: _core
+    @exec "{{ bin }}/python" "{{ root }}/scripts/processes.py" "$@"
+
 # Write a run's networks as plain Keras files: `just export RUN`.
 [no-cd]
 [no-exit-message]
@@ -50,9 +56,15 @@ backends *args: _peers
 bench *args: _core _peers
     @exec "{{ peers }}/python" "{{ root }}/scripts/bench.py" "$@"
 
+# A training step compiled for TPUs that are not here: `just plan digits --topology v5e:2x4 --mesh fsdp=8`; `just plan` tells more.
+[no-cd]
+[no-exit-message]
+plan *args: _core _libtpu
+    @exec "{{ bin }}/python" "{{ root }}/scripts/plan.py" "$@"
+
 # Everything that CI checks: format, lint, types, tests and doctests, then what needs TensorFlow and PyTorch.
 [no-exit-message]
-test *args: _dev _peers
+test *args: _dev _peers _libtpu
     @"{{ bin }}/ruff" format --check
     @"{{ bin }}/ruff" check
     @"{{ bin }}/mypy"
@@ -91,3 +103,16 @@ _install venv what target:
     cd "{{ root }}"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e "{{ target }}"
     echo "$wanted" > "$venv/.installed-{{ what }}"
+
+# The compiler for TPUs, in a folder that only `plan` looks into: beside JAX it would look for a TPU at every start.
+[no-exit-message]
+_libtpu: _core
+    #!/bin/sh
+    set -eu
+    folder="{{ root }}/.venv/libtpu"
+    wanted=$(grep '^libtpu==' "{{ root }}/constraints.txt")
+    if [ "$(cat "$folder/.installed" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
+    echo "installing $wanted into $folder, half a minute ..." >&2
+    rm -rf "$folder"
+    "{{ bin }}/python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$folder" "$wanted"
+    echo "$wanted" > "$folder/.installed"
