@@ -54,11 +54,12 @@ def fuse(step: Callable[[S, Any], tuple[S, Logs]]) -> Callable[[S, PyTree, int |
 def accumulate(gradient: Gradient, parts: int) -> Gradient:
     """The gradient of a batch, taken part by part: for batches that do not fit into memory at once.
 
-    The first axis of the batch is cut into so many equal parts, which go through the network one after the other. Losses and
-    gradients are weighted by what their means stand for (`Aux.weight`), so with one loss that is a mean the result is that of
-    the whole batch, to rounding; with several losses of different weights, or one that is a sum, it is the mean over rows. What
-    a layer adds from its activity is weighted as the loss is. BatchNormalization and Dropout see parts. There is one update for
-    the whole: schedules, averages and `iterations` count batches. Raises `Refused` where the batch can't be cut so.
+    The examples are dealt into so many equal parts, which go through the network one after the other; dealt, so that of a batch
+    that is split over devices each has its share of every part. Losses and gradients are weighted by what their means stand for
+    (`Aux.weight`), so with one loss that is a mean the result is that of the whole batch, to rounding; with several losses of
+    different weights, or one that is a sum, it is the mean over rows. What a layer adds from its activity is weighted as the loss
+    is. BatchNormalization and Dropout see parts. There is one update for the whole: schedules, averages and `iterations` count
+    batches. Raises `Refused` where the batch can't be cut so.
 
     >>> import research
     >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, kernel_initializer="ones")])
@@ -74,7 +75,7 @@ def accumulate(gradient: Gradient, parts: int) -> Gradient:
         count = rows(batch)
         if count % parts:
             raise Refused(f"accumulate: a batch of {count} examples can't be cut into {parts} equal parts: choose a divisor.")
-        cut = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), batch)
+        dealt = jax.tree.map(lambda leaf: jnp.moveaxis(leaf.reshape(-1, parts, *leaf.shape[1:]), 1, 0), batch)
 
         def part(carry: tuple[State, Gradients], batch: Any) -> tuple[tuple[State, Gradients], None]:
             state, sums = carry
@@ -82,9 +83,9 @@ def accumulate(gradient: Gradient, parts: int) -> Gradient:
             values = jax.tree.map(lambda s, g: s + g * jnp.asarray(found.weight, g.dtype), sums.values, found.values)
             return (after, Gradients(values, sums.loss + found.loss * found.weight, sums.weight + found.weight)), None
 
-        _, shapes = jax.eval_shape(gradient, state, jax.tree.map(lambda leaf: leaf[0], cut))
+        _, shapes = jax.eval_shape(gradient, state, jax.tree.map(lambda leaf: leaf[0], dealt))
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        (state, sums), _ = jax.lax.scan(part, (state, zeros), cut)
+        (state, sums), _ = jax.lax.scan(part, (state, zeros), dealt)
         values = jax.tree.map(lambda s: s / jnp.asarray(sums.weight, s.dtype), sums.values)
         return state, Gradients(values, sums.loss / sums.weight, sums.weight)
 

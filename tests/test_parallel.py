@@ -170,6 +170,16 @@ def test_what_is_computed_again_is_gathered_again() -> None:
     assert inside.count("sharding_constraint") == 2  # for what is computed again, and on the way back
 
 
+def test_every_device_has_its_share_of_each_part_of_a_batch() -> None:
+    model = keras.Sequential([keras.Input((16,)), layers.Dense(64, "relu"), layers.Dense(8)])
+    learner = research.supervised(model, loss="mse", optimizer="sgd", gradient_transform=lambda g: accumulate(g, 4))
+    sharded = parallel.shard(learner, parallel.mesh(data=8))
+    batch = research.Batch(np.ones((64, 16), "float32"), np.ones((64, 8), "float32"))
+    program = jax.jit(sharded.train).lower(sharded.init(), batch).compile().as_text()
+    assert "f32[2,64]" in program  # 64 examples, four parts, eight devices
+    assert not re.search(r" (all-gather|all-to-all|collective-permute)", program)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("axes", ["data", "all"])
 def test_adam_magnifies_little(axes: str) -> None:
