@@ -62,9 +62,13 @@ bench *args: _core _peers
 plan *args: _core _libtpu
     @exec "{{ bin }}/python" "{{ root }}/scripts/plan.py" "$@"
 
+# Bring KerasHub, which `just run gemma` needs.
+[no-exit-message]
+hub: _hub
+
 # Everything that CI checks: format, lint, types, tests and doctests, then what needs TensorFlow and PyTorch.
 [no-exit-message]
-test *args: _dev _peers _libtpu
+test *args: _dev _peers _libtpu _hub
     @"{{ bin }}/ruff" format --check
     @"{{ bin }}/ruff" check
     @"{{ bin }}/mypy"
@@ -74,7 +78,7 @@ test *args: _dev _peers _libtpu
 
 # The tests that take less than a minute together.
 [no-exit-message]
-test-fast *args: _dev
+test-fast *args: _dev _hub
     @exec "{{ bin }}/python" -m pytest -m "not slow" -n 2 "$@"
 
 # Rewrite the sources in the project's format.
@@ -116,3 +120,17 @@ _libtpu: _core
     rm -rf "$folder"
     "{{ bin }}/python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$folder" "$wanted"
     echo "$wanted" > "$folder/.installed"
+
+# KerasHub without tensorflow-text, which brings TensorFlow and which no network needs.
+[no-exit-message]
+_hub: _core
+    #!/bin/sh
+    set -eu
+    marker="{{ root }}/.venv/.installed-hub"
+    wanted=$(grep '^keras-hub==' "{{ root }}/constraints.txt")
+    if [ "$(cat "$marker" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
+    echo "installing $wanted, half a minute ..." >&2
+    cd "{{ root }}"
+    "{{ bin }}/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[hub]"
+    "{{ bin }}/python" -m pip install --quiet --disable-pip-version-check --no-deps "$wanted"
+    echo "$wanted" > "$marker"

@@ -479,7 +479,7 @@ def each_epoch(
 ) -> dict[str, "Figure"]:
     """What the network writes so far, after the same beginning each time."""
     given = passage(config, 0)
-    return {"text": _pages({"written so far": written(config, state, given[None], 400)[0]}, len(given))}
+    return {"text": pages({"written so far": written(config, state, given[None], 400)[0]}, len(given))}
 
 
 def pictures(config: Config, learner: research.Learner, state: research.State, splits: dict[str, Batches]) -> dict[str, "Figure"]:
@@ -488,7 +488,7 @@ def pictures(config: Config, learner: research.Learner, state: research.State, s
     real = passage(config, length)
     given = len(real) - length
     first, second = written(config, state, np.stack([real[:given]] * 2), length)
-    return {"text": _pages({"held out": real, "written": first, "written again": second}, given)}
+    return {"text": pages({"held out": real, "written": first, "written again": second}, given)}
 
 
 def shown(tokens: np.ndarray, columns: int = 80) -> str:
@@ -509,15 +509,15 @@ def shown(tokens: np.ndarray, columns: int = 80) -> str:
     return "\n".join(lines)
 
 
-def _pages(texts: dict[str, np.ndarray], given: int) -> "Figure":
+def pages(texts: dict[str, np.ndarray], given: int) -> "Figure":
     """Texts side by side, the given beginning of each in grey."""
     from matplotlib.figure import Figure
 
-    pages = {title: (shown(text[:given]), shown(text)) for title, text in texts.items()}
-    height = 0.7 + 0.15 * max(page.count("\n") + 1 for _, page in pages.values())
-    figure = Figure(figsize=(6.2 * len(pages), height))
-    for i, (title, (beginning, page)) in enumerate(pages.items()):
-        left = (i + 0.03) / len(pages)
+    told = {title: (shown(text[:given]), shown(text)) for title, text in texts.items()}
+    height = 0.7 + 0.15 * max(page.count("\n") + 1 for _, page in told.values())
+    figure = Figure(figsize=(6.2 * len(told), height))
+    for i, (title, (beginning, page)) in enumerate(told.items()):
+        left = (i + 0.03) / len(told)
         figure.text(left, 1 - 0.15 / height, title, fontsize=11, va="top")
         # Drawn over one another: what is grey in the one is blank in the other.
         rest = re.sub(r"[^\n]", " ", beginning) + page[len(beginning) :]

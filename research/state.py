@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +85,8 @@ def abstract(build: Callable[[], L]) -> tuple[L, PyTree]:
     """Runs a builder for its shapes alone: no array is made, however large the model.
 
     Returns the learner and its state as `jax.ShapeDtypeStruct`s. The learner is whole: its functions take any state of these
-    shapes. The Keras objects behind it hold no values until `write_back`.
+    shapes. The Keras objects behind it hold no values until `write_back`. A model with constants that were computed while it was
+    built (`keras.ops.arange(10)` in a functional one) is built anew where one of its functions is traced.
 
     >>> import research
     >>> def build():
@@ -102,7 +103,25 @@ def abstract(build: Callable[[], L]) -> tuple[L, PyTree]:
         return learners[0].init()
 
     shapes = jax.eval_shape(init)
-    return learners[0], shapes
+    return _rebuilt(learners[0], build), shapes
+
+
+def _rebuilt(learner: L, build: Callable[[], L]) -> L:
+    """The same learner; its functions are a new one's where constants were lost with the trace that it was built in."""
+    fields: dict[str, Any] = cast(Any, learner)._asdict() if isinstance(learner, tuple) else {}
+    whole: dict[str, bool] = {}
+
+    def surviving(name: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            if name not in whole:
+                consts = jax.make_jaxpr(fields[name])(*args).consts
+                whole[name] = not any(isinstance(const, jax.core.Tracer) for const in consts)
+            return (fields[name] if whole[name] else getattr(build(), name))(*args)
+
+        return call
+
+    changed = {name: surviving(name) for name, held in fields.items() if callable(held)}
+    return cast(Any, learner)._replace(**changed) if changed else learner
 
 
 def born(build: Callable[[], L], shardings: PyTree | Callable[[PyTree], PyTree]) -> tuple[L, PyTree]:

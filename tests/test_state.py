@@ -156,3 +156,23 @@ def test_write_back_gives_metrics_to_a_compiled_model() -> None:
     state, _ = learner.train(learner.init(), research.Batch(jnp.ones((2, 1)), jnp.full((2, 1), 3.0)))
     research.write_back(state, model, model.optimizer)
     assert {name: float(value) for name, value in model.get_metrics_result().items()} == {"loss": 3.0, "mse": 9.0}
+
+
+def test_constants_of_a_functional_model_survive_being_built_from_shapes() -> None:
+    def build() -> research.Learner:
+        keras.utils.set_random_seed(0)
+        x = given = keras.Input((4,))
+        x = keras.layers.Dense(4)(x) * keras.ops.sqrt(keras.ops.arange(4.0))
+        return research.supervised(keras.Model(given, x), loss="mse", optimizer="sgd")
+
+    whole = build()
+    batch = research.Batch(jnp.ones((8, 4)), jnp.zeros((8, 4)))
+    state, logs = jax.jit(whole.train)(whole.init(), batch)
+    learner, shapes = research.abstract(build)
+    assert jax.tree.map(lambda a: a.shape, shapes) == jax.tree.map(lambda a: a.shape, whole.init())
+    found, again = jax.jit(learner.train)(learner.init(), batch)
+    np.testing.assert_array_equal(found.trainable[0], state.trainable[0])
+    assert float(again["loss"]) == float(logs["loss"])
+    born, start = research.born(build, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    np.testing.assert_array_equal(jax.jit(born.train)(start, batch)[0].trainable[0], state.trainable[0])
+    np.testing.assert_array_equal(jax.jit(born.predict)(found, batch), jax.jit(whole.predict)(state, batch))
