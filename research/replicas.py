@@ -51,10 +51,10 @@ def averaged(gradient: Gradient) -> Gradient:
 def pmap(learner: Learner, devices: Sequence[Any] | None = None) -> Learner:
     """A learner whose steps run on each device with its part of the batch. Its gradient has to be `averaged`.
 
-    State, names and checkpoints are those of the learner itself. Dropout and noise draw differently in each replica, those of the
-    first as on one device. BatchNormalization sees the parts, and its running averages are the mean of the replicas'. A metric has
-    to be a sum over examples, as Keras' are. A batch that does not divide is computed whole by each. Raises `Refused`, when a step
-    is traced, for a gradient that is not averaged and for a metric that is no sum: `parallel.shard` takes any.
+    State, names and checkpoints are those of the learner itself. Dropout and noise draw differently in each replica, those of
+    the first as on one device. BatchNormalization sees the parts, and its running averages are the mean of the replicas'. A
+    metric has to be a sum over examples, as Keras' are; evaluation takes any. A batch that does not divide is computed whole by
+    each. Raises `Refused`, when a step is traced, for a gradient that is not averaged and for a metric that is no sum.
 
     >>> import keras, numpy as np, research
     >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
