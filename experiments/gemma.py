@@ -8,7 +8,7 @@
 The network is KerasHub's own, with random weights; the text is that of the `gpt` experiment, byte by byte. Whatever model
 somebody else wrote in Keras is trained, split over chips and planned in the same way.
 
-Expect val_bits_per_byte <= 2.6 by default.
+Expect val_bits_per_byte <= 2.3 by default, after some two minutes on two cores.
 """
 
 import functools
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 import research
@@ -198,10 +197,8 @@ def results(config: Config, learner: research.Learner, state: research.State, sp
 
 def pictures(config: Config, learner: research.Learner, state: research.State, splits: dict[str, Batches]) -> dict[str, "Figure"]:
     """How a held-out file goes on, and how the network does from the same beginning, twice."""
-    length = 600
-    real = gpt.passage(text(config), length)
-    given = len(real) - length
-    prompt = jnp.asarray(np.stack([real[:given]] * 2), jnp.int32)
-    first, second = np.asarray(generate(config, state, prompt, jax.random.key(0), length, gpt.TEMPERATURE))
-    pages = {"held out": real, "written": np.append(real[:given], first), "written again": np.append(real[:given], second)}
-    return {"text": gpt.pages(pages, given)}
+
+    def go_on(prompt: Array, key: Array, length: int) -> Array:
+        return generate(config, state, prompt, key, length, gpt.TEMPERATURE)
+
+    return {"text": gpt.compared(text(config), go_on)}

@@ -18,6 +18,7 @@ import hashlib
 import math
 import re
 import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -442,17 +443,21 @@ def generate(
     return tokens.T
 
 
-def written(config: Config, state: research.State, prompt: np.ndarray, length: int) -> np.ndarray:
-    """Texts of half a context each, [texts, tokens], and `length` tokens that the network writes after each, the same every time.
+def written(go_on: Callable[[Array, Array, int], Array], prompt: np.ndarray, context: int, length: int) -> np.ndarray:
+    """Texts, [texts, tokens], and `length` tokens after each, the same every time: `go_on(prompt, key, length)` writes some.
 
-    When a context is full it goes on from the latter half of it.
+    When a context is full, which the prompt has to leave room in, it goes on from as much of its end as the prompt was.
     """
-    half, context = prompt.shape[1], chosen(config).context
-    text, rounds = prompt, -(-length // (context - half))
-    for key in jax.random.split(jax.random.key(0), rounds):
-        new = generate(config, state, jnp.asarray(text[:, -half:], jnp.int32), key, context - half, TEMPERATURE)
+    given, text = prompt.shape[1], prompt
+    for key in jax.random.split(jax.random.key(0), -(-length // (context - given))):
+        new = go_on(jnp.asarray(text[:, -given:], jnp.int32), key, context - given)
         text = np.concatenate([text, np.asarray(new)], axis=1)
-    return text[:, : half + length]
+    return text[:, : given + length]
+
+
+def writer(config: Config, state: research.State) -> Callable[[Array, Array, int], Array]:
+    """What writes on after a prompt."""
+    return lambda prompt, key, length: generate(config, state, prompt, key, length, TEMPERATURE)
 
 
 def models(config: Config, state: research.State) -> dict[str, keras.Model]:
@@ -479,16 +484,21 @@ def each_epoch(
 ) -> dict[str, "Figure"]:
     """What the network writes so far, after the same beginning each time."""
     given = passage(config, 0)
-    return {"text": pages({"written so far": written(config, state, given[None], 400)[0]}, len(given))}
+    text = written(writer(config, state), given[None], chosen(config).context, 400)
+    return {"text": pages({"written so far": text[0]}, len(given))}
 
 
 def pictures(config: Config, learner: research.Learner, state: research.State, splits: dict[str, Batches]) -> dict[str, "Figure"]:
     """How a held-out file goes on, and how the network does from the same beginning, twice."""
-    length = 800
+    return {"text": compared(config, writer(config, state))}
+
+
+def compared(config: Config, go_on: Callable[[Array, Array, int], Array], length: int = 800) -> "Figure":
+    """A held-out passage beside two texts that are written after its beginning."""
     real = passage(config, length)
     given = len(real) - length
-    first, second = written(config, state, np.stack([real[:given]] * 2), length)
-    return {"text": pages({"held out": real, "written": first, "written again": second}, given)}
+    first, second = written(go_on, np.stack([real[:given]] * 2), chosen(config).context, length)
+    return pages({"held out": real, "written": first, "written again": second}, given)
 
 
 def shown(tokens: np.ndarray, columns: int = 80) -> str:

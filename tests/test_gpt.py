@@ -290,7 +290,7 @@ def test_it_goes_on_when_a_context_is_full_and_draws_what_can_be_read() -> None:
     learner, splits = gpt.build(TINY), gpt.data(TINY)
     state = learner.init()  # writes any byte there is
     prompt = gpt.passage(TINY, 0)[None]
-    text = gpt.written(TINY, state, prompt, 30)
+    text = gpt.written(gpt.writer(TINY, state), prompt, CONTEXT, 30)
     assert text.shape == (1, CONTEXT // 2 + 30)
     np.testing.assert_array_equal(text[:, : CONTEXT // 2], prompt)
     last = gpt.generate(TINY, state, text[:, 16:24], jax.random.split(jax.random.key(0), 4)[2], 8, gpt.TEMPERATURE)
