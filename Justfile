@@ -66,6 +66,12 @@ plan *args: _core _libtpu
 [no-exit-message]
 hub: _hub
 
+# How a step scales, from plans of it on ever more chips: `just scaling runs/8 runs/256 runs/2048`.
+[no-cd]
+[no-exit-message]
+scaling *args: _core
+    @exec "{{ bin }}/python" "{{ root }}/scripts/scaling.py" "$@"
+
 # Everything that CI checks: format, lint, types, tests and doctests, then what needs TensorFlow and PyTorch.
 [no-exit-message]
 test *args: _dev _peers _libtpu _hub

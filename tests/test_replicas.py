@@ -44,6 +44,7 @@ def batches(size: int = 32) -> research.Batches:
     return research.arrays(x, Y, WEIGHT, batch_size=size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean_with_sample_weight"])
 def test_replicas_train_and_evaluate_like_one_device(reduction: str) -> None:
     keras.utils.set_random_seed(1)
@@ -60,6 +61,7 @@ def test_replicas_train_and_evaluate_like_one_device(reduction: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_is_computed_whole_by_each() -> None:
     keras.utils.set_random_seed(1)
     model = masked()
@@ -84,6 +86,7 @@ def test_padding_counts_for_nothing_wherever_it_lies() -> None:
     np.testing.assert_allclose(found.trainable[0], wanted.trainable[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_parts_of_parts() -> None:
     keras.utils.set_random_seed(1)
     model = masked()
@@ -172,6 +175,7 @@ def test_what_would_be_wrong_without_a_word_is_refused() -> None:
     assert float(logs["largest"]) == pytest.approx(float(wanted["largest"]))
 
 
+@pytest.mark.slow
 def test_its_checkpoints_are_those_of_one_device(tmp_path: Any) -> None:
     model = masked()
     alone, replicated = build(model), pmap(build(model, gradient_transform=averaged))
