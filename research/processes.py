@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-from research.rollcall import GRACE, call
+from research.rollcall import GRACE, call, is_here
 from research.state import Refused
 
 # What XLA says, in several places and spellings, where a connection to another process ends.
@@ -88,6 +88,8 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
     try:
         detection = "deactivate" if found is None else None
         options = {"initialization_timeout": timeout + GRACE, "cluster_detection_method": detection}
+        if coordinator is not None and is_here(coordinator.rpartition(":")[0]):
+            options["coordinator_bind_address"] = coordinator
         jax.distributed.initialize(coordinator, processes, process, **options)  # type: ignore[arg-type]
     except Exception as error:  # JAX raises whatever its parts do
         raise Refused(f"processes: they can't be joined ({' '.join(str(error).split())[:300]}).") from error

@@ -29,19 +29,31 @@ def call(coordinator: str, processes: int, process: int, timeout: int) -> None:
     if not host or not port.isdigit():
         raise Refused(f"processes: the coordinator is {coordinator!r}; expected host:port, such as 10.0.0.1:1234.")
     until = time.monotonic() + timeout
-    told = _hear(int(port), processes, until) if process == 0 else _answer(host.strip("[]"), int(port), process, processes, until)
+    if process == 0:
+        told = _hear(host if is_here(host) else "", int(port), processes, until)
+    else:
+        told = _answer(host.strip("[]"), int(port), process, processes, until)
     if told.startswith(WRONG):
         raise Refused(f"processes: {told.removeprefix(WRONG)}; give each its own number and all the same count.")
     if told != "all":
         raise Left(f"processes: within {timeout} s {told}; look whether each was started, then run the same again.")
 
 
-def _hear(port: int, processes: int, until: float) -> str:
+def is_here(host: str) -> bool:
+    """Whether an address is this machine's own, which no other reaches: then nobody else is listened to.
+
+    >>> is_here("127.0.0.1"), is_here("10.0.0.1")
+    (True, False)
+    """
+    return host in ("localhost", "127.0.0.1")
+
+
+def _hear(host: str, port: int, processes: int, until: float) -> str:
     """The first process' part: hears the others, and tells them how it ended."""
     heard: dict[int, socket.socket] = {}
     told = "all"
     try:
-        listening = socket.create_server(("", port), backlog=min(processes, 4096))
+        listening = socket.create_server((host, port), backlog=min(processes, 4096))
     except OSError as error:
         raise Refused(f"processes: port {port} can't be listened at ({error.strerror}); choose another for all.") from error
     with listening:
