@@ -16,7 +16,10 @@ from jax.sharding import PartitionSpec as P
 import research
 
 FILES = sorted((Path(__file__).parent.parent / "experiments").glob("[!_]*.py"))
-pytestmark = pytest.mark.parametrize("name", [path.stem for path in FILES])
+MIXED = ("gemma",)  # KerasHub mixes dtypes in it
+pytestmark = pytest.mark.parametrize(
+    "name", [pytest.param(path.stem, marks=[pytest.mark.promotes] if path.stem in MIXED else []) for path in FILES]
+)
 
 
 def module(name: str) -> Any:
