@@ -294,7 +294,7 @@ def test_an_epochs_picture_is_on_the_disk_before_a_checkpoint_has_the_epoch_behi
     from research import checkpoint
 
     order: list[tuple[str, int]] = []
-    draw, save = record.draw, checkpoint.save
+    draw, save = record.draw, checkpoint._save
 
     def drawing(run: Any, pictures: Any, epoch: int | None = None) -> Any:
         order.append(("draw", 3 * (epoch or 100)))
@@ -305,7 +305,7 @@ def test_an_epochs_picture_is_on_the_disk_before_a_checkpoint_has_the_epoch_behi
         return save(directory, step, *rest)
 
     monkeypatch.setattr(record, "draw", drawing)
-    monkeypatch.setattr(checkpoint, "save", saving)
+    monkeypatch.setattr(checkpoint, "_save", saving)
     runner.run("toy", experiment([]), Config(), runner.Options(run_dir=tmp_path / "run", checkpoint_every=3))
     # Checkpoints are written from a thread: what comes between a picture and its own checkpoint is of no matter.
     assert sorted(order) == [("draw", 3), ("draw", 6), ("draw", 9), ("draw", 300), ("save", 3), ("save", 6), ("save", 9)]
