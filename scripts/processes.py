@@ -113,11 +113,12 @@ def first_to_fail(running: list[subprocess.Popen[str]]) -> int | None:
         codes = [process.poll() for process in running]
         bad = [i for i, code in enumerate(codes) if code]
         if bad:
-            # One that fails takes others with it, which then abort: the cause is one that ended by itself, if there is one.
+            # One that fails takes others with it, which abort or say that somebody is gone: the cause did neither, if it is here.
             time.sleep(0.5)
             codes = [process.poll() for process in running]
+            consequences = (RESUMABLE, -signal.SIGABRT)
             bad = [i for i, code in enumerate(codes) if code]
-            return min(bad, key=lambda i: (codes[i] == -signal.SIGABRT, codes[i] < 0, i))  # type: ignore[operator]
+            return min(bad, key=lambda i: (consequences.index(codes[i]) + 1 if codes[i] in consequences else 0, i))
         if None not in codes:
             return None
         time.sleep(0.05)

@@ -87,7 +87,20 @@ def test_what_two_processes_saved_goes_on_anywhere(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_of_two_processes_is_stopped_and_killed_and_ends_like_one_left_alone(tmp_path: Path) -> None:
-    options = ["run", "digits", "--mesh", "data=2,fsdp=-1", "--epochs", "4", "--log-every", "1", "--checkpoint-every", "20"]
+    options = [
+        "--devices",
+        "1",
+        "run",
+        "digits",
+        "--mesh",
+        "fsdp=-1",
+        "--epochs",
+        "4",
+        "--log-every",
+        "1",
+        "--checkpoint-every",
+        "20",
+    ]
     directory, hurt = tmp_path / "whole", tmp_path / "hurt"
     done = run(2, *options, "--run-dir", directory)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -114,7 +127,7 @@ def test_a_run_of_two_processes_is_stopped_and_killed_and_ends_like_one_left_alo
     assert stopped["status"] == "preempted"
     assert 20 <= stopped["steps"] < 180
 
-    again = begun("resume", str(hurt))
+    again = begun("--devices", "1", "resume", str(hurt))
     reached(stopped["steps"] + 1)
     second = [pid for pid in _children(again.pid) if "--process 1" in _text(Path(f"/proc/{pid}/cmdline")).replace("\0", " ")]
     os.kill(second[0], signal.SIGKILL)
@@ -122,7 +135,7 @@ def test_a_run_of_two_processes_is_stopped_and_killed_and_ends_like_one_left_alo
     assert again.returncode == 75
     assert "process 1 of 2 was ended by SIGKILL" in told.decode().splitlines()[-1]
 
-    gone_on = run(2, "resume", hurt)
+    gone_on = run(2, "--devices", 1, "resume", hurt)
     assert gone_on.returncode == 0, gone_on.stderr[-2000:]
     summaries = [json.loads((d / "summary.json").read_text()) for d in (directory, hurt)]
     assert stopped["steps"] < summaries[1]["resumed_from"] < summaries[1]["steps"] == 180
