@@ -16,7 +16,7 @@ from experiments.gemma import Config
 from research import parallel
 from research.transforms import equations
 
-pytestmark = pytest.mark.promotes
+pytestmark = [pytest.mark.promotes, pytest.mark.slow]
 TINY = Config(batch_size=8, windows=64, context=16)
 
 

@@ -20,6 +20,7 @@ from research import Refused, parallel
 from research.objective import forward
 from research.transforms import equations
 
+pytestmark = pytest.mark.slow
 TINY = Config(batch_size=8, windows=64, seed=3)
 CONTEXT = 16
 
