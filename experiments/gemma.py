@@ -12,7 +12,6 @@ Expect val_bits_per_byte <= 2.3 by default, after some two minutes on two cores.
 """
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -190,9 +189,7 @@ def models(config: Config, state: research.State) -> dict[str, keras.Model]:
     return {"model": model}
 
 
-def results(config: Config, learner: research.Learner, state: research.State, splits: dict[str, Batches]) -> dict[str, float]:
-    """The loss on held-out files in bits: what a byte of them would take, compressed by what the network knows."""
-    return {"val_bits_per_byte": research.evaluate(learner, splits["val"], state)["loss"] / math.log(2)}
+results = gpt.results  # of the same files
 
 
 def pictures(config: Config, learner: research.Learner, state: research.State, splits: dict[str, Batches]) -> dict[str, "Figure"]:

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from research.loop import Hook
-from research.processes import is_first
+from research.processes import is_first, shared
 from research.state import Refused
 
 MANIFEST = "manifest.json"
@@ -45,15 +45,21 @@ def save(directory: Path, step: int, state: PyTree, names: PyTree, logs: PyTree 
     >>> restored.step, restored.state, restored.logs
     (3, {'w': Array([1., 1.], dtype=float32)}, {'loss': array(0.5)})
     """
+    if _is_there(directory, step):
+        return directory.absolute() / f"{step:09d}"
     return _save(directory, step, _stored(state), _described(state, names), logs, keep)
+
+
+def _is_there(directory: Path, step: int) -> bool:
+    """Whether the same step of the same run was saved before, as the first process sees it: shared storage may lag for others."""
+    path = directory / f"{step:09d}"
+    return bool(shared(lambda: path.exists() and damage(path) is None))
 
 
 def _save(directory: Path, step: int, leaves: list[Array], described: list[list[Any]], logs: PyTree, keep: int) -> Path:
     """The same of leaves as they are stored. Of several processes each writes what its devices hold, the first one the rest."""
     directory = directory.absolute()
     final = directory / f"{step:09d}"
-    if final.exists() and damage(final) is None:
-        return final  # the same step of the same run
     partial = directory.with_name(f".{directory.name}.partial")
     written = partial / final.name
     several, first = jax.process_count() > 1, is_first()
@@ -199,6 +205,8 @@ def saving(directory: Path, names: PyTree, keep: int = 2) -> Iterator[Hook]:
 
         def hook(step: int, state: Any, logs: Any) -> None:
             finish()
+            if _is_there(directory, step):
+                return
             leaves, described = copied(_stored(state)), _described(state, names)  # here: a thread must not start programs
             pending.append(pool.submit(_save, directory, step, leaves, described, logs, keep))
 

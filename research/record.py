@@ -103,8 +103,8 @@ def begin(run: Run, options: Mapping[str, Any], step: int = 0) -> None:
     That is `config.json` (with `options`, what does not change the numbers), `versions.json` and the source's own changes;
     `metrics.jsonl` is cut back to what was known before that step's logs.
     """
-    write(run.directory / "config.json", _json({"experiment": run.experiment, "config": run.config, "options": options}))
-    write(run.directory / "versions.json", _json(versions()))
+    write_json(run.directory / "config.json", {"experiment": run.experiment, "config": run.config, "options": options})
+    write_json(run.directory / "versions.json", versions())
     difference = _git("diff", "HEAD")
     if difference:
         write(run.directory / "source.diff", difference)
@@ -160,7 +160,7 @@ def entries(run: Run) -> list[Entry]:
 
 def summarise(run: Run, summary: Mapping[str, Any]) -> None:
     """Writes `summary.json`, whole or not at all."""
-    write(run.directory / "summary.json", _json({"experiment": run.experiment, **summary}))
+    write_json(run.directory / "summary.json", {"experiment": run.experiment, **summary})
 
 
 def write(path: Path, text: str) -> None:
@@ -168,6 +168,11 @@ def write(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text)
     partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as strict JSON, what is not finite as null; whole or not at all."""
+    write(path, _json(value))
 
 
 def versions() -> dict[str, Any]:

@@ -18,7 +18,9 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any
+
+import run as runner
 
 SCRIPTS = Path(__file__).resolve().parent
 COMMANDS = ("run", "resume")
@@ -26,31 +28,19 @@ RESUMABLE = 75
 PATIENCE = 5.0  # seconds that the others get to end by themselves once one has failed
 
 
-class Wrong(Exception):
-    """Options that there are not."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as every command here does."""
-
-    def error(self, message: str) -> NoReturn:
-        """Wrong usage."""
-        raise Wrong(message)
-
-
 def main(arguments: list[str]) -> int:
     """The command line; returns the exit code."""
-    parser = Parser(prog="just processes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runner.Parser("just processes", __doc__)
     parser.add_argument("processes", type=int, help="how many")
     parser.add_argument("--devices", type=int, help="fake CPU devices in each; by default eight in all")
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="what the command takes")
     try:
         asked = parser.parse_args(arguments)
-    except Wrong as wrong:
-        return refuse(f"just processes N run NAME --option value ...: {wrong}", 2)
+    except runner.Wrong as wrong:
+        return runner.refuse(f"just processes N run NAME --option value ...: {wrong}", 2)
     if asked.processes < 1 or (asked.devices or 1) < 1:
-        return refuse(f"just processes {asked.processes}: expected one process or more, and one device or more in each.", 2)
+        return runner.refuse(f"just processes {asked.processes}: expected at least one process, with at least one device.", 2)
     devices = asked.devices or max(1, 8 // asked.processes)
     command = [sys.executable, str(SCRIPTS / f"{asked.command}.py"), *asked.rest]
     return watched([command] * asked.processes, devices)
@@ -104,7 +94,7 @@ def watched(commands: list[list[str]], devices: int) -> int:
         said = Path(scratch, str(failed)).read_text().strip().splitlines()
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
         last = "" if not said else f": {said[-1].removeprefix('error: ')}"
-        return refuse(f"process {failed} of {len(commands)} {how}{last}", RESUMABLE if code < 0 else code)
+        return runner.refuse(f"process {failed} of {len(commands)} {how}{last}", RESUMABLE if code < 0 else code)
 
 
 def first_to_fail(running: list[subprocess.Popen[str]]) -> int | None:
@@ -142,12 +132,6 @@ def tell(number: int, stream: IO[str], copy: Path) -> None:
             file.write(line)
             file.flush()
             print(line if number == 0 else f"[process {number}] {line}", end="", file=sys.stderr, flush=True)
-
-
-def refuse(message: str, code: int) -> int:
-    """Says in one line why nothing goes on, and gives the exit code."""
-    print(f"error: {message}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

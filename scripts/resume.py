@@ -4,28 +4,14 @@ just resume digits
 just resume runs/clothes --mesh data=8    # on other devices than before; `--mesh one` for a single one
 """
 
-import argparse
 import dataclasses
-from typing import NoReturn
 
 import run as runner
 
 
-class Wrong(Exception):
-    """Options that there are not."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as every command here does."""
-
-    def error(self, message: str) -> NoReturn:
-        """Wrong usage."""
-        raise Wrong(message)
-
-
 def main(arguments: list[str]) -> int:
     """The command line; returns the exit code."""
-    parser = Parser(prog="just resume", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runner.Parser("just resume", __doc__)
     parser.add_argument("run", help="a run directory, or an experiment's name for its latest run")
     parser.add_argument("--mesh", help="other devices than before, as in `just run`; one: a single device")
     parser.add_argument("--layout", choices=("data", "fsdp", "tensor"), help="where weights lie on them")
@@ -35,7 +21,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--join-timeout", type=int, default=300, help="seconds to wait for the others")
     try:
         asked = parser.parse_args(arguments)
-    except Wrong as wrong:
+    except runner.Wrong as wrong:
         known = "one run directory, or an experiment's name for its latest run."
         return runner.refuse(f"just resume RUN: {known}" if not arguments else f"just resume RUN: {wrong}; RUN is {known}", 2)
     from research import Refused

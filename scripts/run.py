@@ -14,6 +14,7 @@ import time
 
 STARTED = time.time()  # before the slow imports: what a user waits for counts from here
 
+import argparse
 import ast
 import contextlib
 import dataclasses
@@ -63,6 +64,21 @@ class Options:
 
 
 SAID_ANEW = ("run_dir", "profile", "coordinator", "processes", "process", "join_timeout")  # what a resumed run does not repeat
+
+
+class Wrong(Exception):
+    """Options that there are not."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises `Wrong` with one line, which every command here says in its own words."""
+
+    def __init__(self, command: str, doc: str | None) -> None:
+        super().__init__(prog=command, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        """Wrong usage."""
+        raise Wrong(message)
 
 
 class Recorded(NamedTuple):
@@ -169,12 +185,11 @@ def run(name: str, module: Any, config: Any, options: Options) -> int:
         flags.advise(os.environ)
     compilation_cache()
     processes.join(options.coordinator, options.processes, options.process, options.join_timeout)
-    let_go_when_asked()  # joining took the signals for itself
+    kept = {key: value for key, value in dataclasses.asdict(options).items() if key not in SAID_ANEW}
     with contextlib.ExitStack() as stack:
         if jax.process_count() > 1:
+            let_go_when_asked()  # joining took the signals for itself
             stack.enter_context(speaking(processes.is_first()))
-        kept = {key: value for key, value in dataclasses.asdict(options).items() if key not in SAID_ANEW}
-        if jax.process_count() > 1:
             processes.alike({**dataclasses.asdict(config), **kept, **record.code()})
         directory = Path(processes.shared(lambda: str(options.run_dir or record.new_directory(name, Path("runs")))))
         if processes.shared(lambda: record.open_run(directory, name, dataclasses.asdict(config))[1] is not None):

@@ -8,7 +8,6 @@ Shows memory and traffic of a chip and the step at best, and draws them over tho
 constant examples a chip nothing of it should grow.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -22,12 +21,13 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str]) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="just scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = runner.Parser("just scaling", __doc__)
     parser.add_argument("plans", nargs="+", type=Path, help="directories that `just plan` wrote")
     parser.add_argument("--picture", type=Path, default=Path("scaling.png"), help="where it is drawn")
-    asked = parser.parse_args(arguments)
+    try:
+        asked = parser.parse_args(arguments)
+    except runner.Wrong as wrong:
+        return runner.refuse(f"just scaling PLAN PLAN ...: {wrong}", 2)
     found = []
     for directory in asked.plans:
         try:

@@ -1,6 +1,7 @@
 """Plans: what the mathematics needs, what the compiler for absent chips says, and that no experiment grows unnoticed."""
 
 import contextlib
+import importlib
 import importlib.util
 import json
 import os
@@ -494,7 +495,7 @@ def test_the_largest_batch_is_found(
         tries.append(trial.batch)
         return {"fits": trial.batch <= 8 * largest, "gib": 1.0, "limit": 2.0}
 
-    script.tried = tried
+    monkeypatch.setattr(importlib.import_module("searching"), "tried", tried)
     asked = f"digits --topology v5e:2x4 --mesh data=2,fsdp=4 --max-batch --run-dir {tmp_path}"
     assert script.main(asked.split()) == 0
     assert said in capsys.readouterr().out
@@ -517,7 +518,7 @@ def test_a_search_leaves_out_what_can_not_be_faster_or_fit(
         fast = {"examples_per_second": 1e15, "step": 1.0, "utilisation": 1.0, "bound_by": "compute"}
         return {**found, **fast} if found["fits"] else found
 
-    script.tried = tried
+    monkeypatch.setattr(importlib.import_module("searching"), "tried", tried)
     assert script.main(f"gpt --topology v5e:2x4 --batch-size 32 --search --run-dir {tmp_path}".split()) == 0
     found = json.loads((tmp_path / "search.json").read_text())["tried"]
     assert (found[0]["mesh"], found[0]["batch"], found[0]["remat"]) == ("data=8", 32, True)
@@ -525,7 +526,7 @@ def test_a_search_leaves_out_what_can_not_be_faster_or_fit(
     assert any(reason.startswith("at most ") for reason in reasons)
     assert "less did not fit" in reasons
     assert {(trial.batch, trial.remat) for trial in asked} == {(32, False), (32, True)}  # with more there is less room
-    assert len(asked) + sum(map(bool, reasons)) == len(found) == len(script.grids(8)) * 3 * 2
+    assert len(asked) + sum(map(bool, reasons)) == len(found) == len(importlib.import_module("searching").grids(8)) * 3 * 2
     assert "a step at best, by mesh" in capsys.readouterr().out
 
 
