@@ -3,7 +3,7 @@
     just run gpt                                  # a million parameters
     just run gpt --preset 124m                    # GPT-2's layers, for a GPU or TPU
     just run gpt --mesh data=2,fsdp=2,tensor=2    # on eight devices: windows, weights and heads split over them
-    just plan gpt --preset 1b --topology v5e:16x16 --mesh fsdp=256
+    just plan gpt --preset 1b --batch-size 256 --topology v5e:16x16 --mesh fsdp=256
 
 A decoder (Radford et al. 2019: layers normalized first, learned positions, one matrix for what goes in and what comes out) of
 Keras layers, from a million parameters to 7 billion; the larger ones are for many chips. Whole files are held out. Text is

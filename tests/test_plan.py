@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -452,6 +453,32 @@ def test_what_does_not_fit_gets_one_line(
     assert len(errors) == 1
     assert said in errors[0]
     assert not list(tmp_path.rglob("plan.json"))
+
+
+PAGES = [ROOT / "README.md", ROOT / "PODS.md", ROOT / "scripts" / "scaling.py", *sorted((ROOT / "experiments").glob("*.py"))]
+TOLD = [
+    found
+    for page in PAGES
+    for found in re.findall(r"just plan ([a-z]+ .*--topology .*?)(?:  |`|$)", page.read_text(), re.MULTILINE)
+]
+
+
+@installed
+@pytest.mark.slow
+@pytest.mark.promotes  # KerasHub mixes dtypes in gemma
+@pytest.mark.parametrize("told", TOLD)
+def test_what_the_pages_tell_to_plan_comes_as_far_as_the_compiler(
+    told: str, compiler: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    def reached(*_: Any) -> Any:
+        raise Refused("all that comes before compiling is well")
+
+    script = scripted(monkeypatch)
+    monkeypatch.setattr(planning, "model_flops", reached)
+    monkeypatch.setattr(importlib.import_module("searching"), "tried", reached)
+    asked = [word for word in told.replace("#", " ").split() if not word.startswith("runs/") and word != "--run-dir"]
+    assert script.main([*asked, "--run-dir", str(tmp_path)]) == 1
+    assert "all that comes before compiling is well" in capsys.readouterr().err
 
 
 @installed
