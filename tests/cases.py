@@ -1,10 +1,11 @@
 """The grid that laws are tested over: models, targets and weights that Keras' own trainer gets right."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
+import pytest
 from keras import layers
 
 SIZE = 8
@@ -166,3 +167,9 @@ CASES = {
     "subclassed-add-loss": Case(_subclassed, lambda: {**_CLASSES, "optimizer": "adam"}, _weighted),
     "sequence-masked": Case(_sequence, lambda: {"loss": "mse", "metrics": ["mae"], "optimizer": "adam"}, _tokens),
 }
+
+
+def first_quick(values: Iterable[Any]) -> list[Any]:
+    """Values to test with, of which only the first is for the quick tests."""
+    first, *others = values
+    return [first, *(pytest.param(value, marks=pytest.mark.slow) for value in others)]

@@ -15,6 +15,7 @@ import keras
 import numpy as np
 import optax
 import pytest
+from cases import first_quick
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from keras import layers
@@ -58,7 +59,7 @@ class Environment(NamedTuple):
 
 
 @pytest.mark.promotes
-@pytest.mark.parametrize("optimizer", ["adam", "sgd", optax.adam(1e-3)], ids=["adam", "sgd", "optax"])
+@pytest.mark.parametrize("optimizer", first_quick(["adam", "sgd", optax.adam(1e-3)]))
 def test_what_is_saved_is_restored_to_the_last_bit(optimizer: Any, tmp_path: Path) -> None:
     made = learner(optimizer=optimizer)
     state, logs = research.train(made, data(), steps=7)
@@ -141,7 +142,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", first_quick(DAMAGES))
 def test_a_damaged_newest_checkpoint_is_said_and_passed_over(damage: str, tmp_path: Path) -> None:
     made, directory = learner(), tmp_path / "checkpoints"
     with checkpoint.saving(directory, made.names) as save:
@@ -383,6 +384,7 @@ def test_the_trained_network_is_left_as_plain_keras_files(style: str, tmp_path: 
     assert again.stdout == loaded.stdout
 
 
+@pytest.mark.slow
 def test_a_signal_before_anything_was_asked_ends_the_process_at_once(tmp_path: Path) -> None:
     code = (
         "import signal, time; from research import signals\n"
@@ -393,6 +395,7 @@ def test_a_signal_before_anything_was_asked_ends_the_process_at_once(tmp_path: P
     assert (done.returncode, done.stdout) == (signals.RESUMABLE, f"told {int(signal.SIGTERM)}\n")
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_the_process_at_once_but_an_echo_of_the_first_does_not() -> None:
     code = (
         "import signal, time; from research import signals\n"

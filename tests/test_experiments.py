@@ -16,9 +16,10 @@ from jax.sharding import PartitionSpec as P
 import research
 
 FILES = sorted((Path(__file__).parent.parent / "experiments").glob("[!_]*.py"))
-MIXED = ("gemma",)  # KerasHub mixes dtypes in it
+MIXED = ("gemma",)  # KerasHub mixes dtypes in it, and is slow to build
 pytestmark = pytest.mark.parametrize(
-    "name", [pytest.param(path.stem, marks=[pytest.mark.promotes] if path.stem in MIXED else []) for path in FILES]
+    "name",
+    [pytest.param(path.stem, marks=[pytest.mark.promotes, pytest.mark.slow] if path.stem in MIXED else []) for path in FILES],
 )
 
 

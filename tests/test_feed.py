@@ -28,6 +28,7 @@ def paced(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     monkeypatch.setattr(Pace, "dispatched", lambda self, results, done: setattr(self, "steps", steps))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resident", [1 << 20, 0], ids=["resident", "host"])
 def test_weights_and_every_log_are_the_same_bits_however_many_steps_are_dispatched_at_once(
     resident: int, monkeypatch: pytest.MonkeyPatch

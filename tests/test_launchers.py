@@ -573,6 +573,7 @@ def requeued(world: World) -> bool:
     return path.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("codes", "code", "again"),
     [

@@ -157,6 +157,7 @@ def test_stopping_and_going_on_changes_nothing() -> None:
     assert logs == resumed_logs
 
 
+@pytest.mark.slow
 def test_training_equals_keras_fit_without_shuffling() -> None:
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((4,)), layers.Dense(8, "relu"), layers.Dropout(0.5), layers.Dense(3)])

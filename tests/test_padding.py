@@ -49,18 +49,14 @@ WEIGHTS = RNG.uniform(0.5, 2, 5).astype("float32")
 XENT = keras.losses.SparseCategoricalCrossentropy
 
 
-@pytest.mark.parametrize(
-    "reduction",
-    ["sum_over_batch_size", *(pytest.param(r, marks=pytest.mark.slow) for r in ("sum", "mean_with_sample_weight"))],
-)
-@pytest.mark.parametrize(
-    "weights", [pytest.param(None, id="plain"), pytest.param(WEIGHTS, id="weighted", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum", "mean_with_sample_weight"])
+@pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["plain", "weighted"])
 @pytest.mark.parametrize(
     ("model", "compiled", "batch"),
     [
         (classifier, lambda: {"loss": XENT, "metrics": metrics(), "weighted_metrics": metrics()}, (X, LABELS)),
-        pytest.param(
+        (
             two,
             lambda: {
                 "loss": {"a": keras.losses.MeanSquaredError, "b": XENT},
@@ -68,13 +64,11 @@ XENT = keras.losses.SparseCategoricalCrossentropy
                 "weighted_metrics": {"b": metrics()},
             },
             (X, {"a": X[:, :1], "b": LABELS}),
-            marks=pytest.mark.slow,
         ),
-        pytest.param(
+        (
             masked,
             lambda: {"loss": keras.losses.MeanAbsoluteError, "metrics": ["mse"]},
             (RNG.integers(0, 9, (5, 5)).astype("int32"), RNG.normal(size=(5, 5, 3)).astype("float32")),
-            marks=pytest.mark.slow,
         ),
     ],
     ids=["classifier", "two-outputs", "masked"],
@@ -100,6 +94,7 @@ def test_padding_changes_neither_loss_nor_metrics_nor_gradients(
             np.testing.assert_allclose(leaf, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_padded_batch_weighs_its_valid_rows_in_the_running_means() -> None:
     learner = research.supervised(classifier(), loss=XENT(from_logits=True), metrics=["accuracy"])
     whole, part = research.Batch(X, LABELS), research.Batch(X[:2], LABELS[:2])

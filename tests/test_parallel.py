@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
+from cases import first_quick
 from jax.sharding import PartitionSpec as P
 from keras import layers
 
@@ -97,7 +98,7 @@ def test_any_mesh_trains_like_one_device(model: str, axes: str) -> None:
     assert jax.tree.all(jax.tree.map(lambda a, b, leaf: a.is_equivalent_to(b, leaf.ndim), before, after, sharded))
 
 
-@pytest.mark.parametrize("axes", ["data", "all"])
+@pytest.mark.parametrize("axes", first_quick(["all", "data"]))
 def test_one_program_serves_all_steps_and_batches_from_the_host(axes: str, caplog: pytest.LogCaptureFixture) -> None:
     x, y = examples("mlp", 72)
     mesh = parallel.mesh(**MESHES[axes])
@@ -115,7 +116,7 @@ def test_one_program_serves_all_steps_and_batches_from_the_host(axes: str, caplo
     assert len(programs) <= 2  # one for whole batches, one for the last
 
 
-@pytest.mark.parametrize("axes", ["fsdp", "data x fsdp"])
+@pytest.mark.parametrize("axes", first_quick(["data x fsdp", "fsdp"]))
 def test_weights_are_split_and_gathered_where_they_are_used(axes: str) -> None:
     mesh = parallel.mesh(**MESHES[axes])
     learner = parallel.shard(build("mlp", keras.optimizers.Adam()), mesh)
@@ -135,6 +136,7 @@ def test_weights_are_split_and_gathered_where_they_are_used(axes: str) -> None:
     assert products & gradients
 
 
+@pytest.mark.slow
 def test_a_gradient_in_parts_gathers_inside_its_loop() -> None:
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((16,)), layers.Dense(64, "relu"), layers.Dense(64, "relu"), layers.Dense(8)])
@@ -214,6 +216,7 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_any_other(tmp_path: Any) -> None:
         np.testing.assert_allclose(rest, losses[5:], rtol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [16, 30])
 def test_evaluation_and_prediction_are_exact_where_batches_do_not_divide(size: int) -> None:
     x, y = examples("norms", 75)
@@ -227,6 +230,7 @@ def test_evaluation_and_prediction_are_exact_where_batches_do_not_divide(size: i
     np.testing.assert_allclose(outputs, research.predict(alone, held, alone.init()), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_slots_and_averages_lie_as_their_weights_do() -> None:
     learner = build("attention", keras.optimizers.AdamW(1e-3))
     mesh = parallel.mesh(fsdp=4, tensor=2)

@@ -100,6 +100,7 @@ def inputs(model: keras.Model) -> Any:
     return keras.tree.pack_sequence_as(model.input, arrays)
 
 
+@pytest.mark.slow
 @each_model
 def test_every_parameter_is_in_one_box(build: Callable[[], keras.Model]) -> None:
     model = build()
@@ -108,6 +109,7 @@ def test_every_parameter_is_in_one_box(build: Callable[[], keras.Model]) -> None
     assert len({node.name for node in nodes}) == len(nodes)
 
 
+@pytest.mark.slow
 @each_model
 def test_every_copy_of_a_model_gives_the_same_graph(build: Callable[[], keras.Model]) -> None:
     assert graph(build()) == graph(build())

@@ -200,6 +200,7 @@ def test_an_unknown_topology_lists_those_that_there_are(wrong: Any, said: str) -
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.slow
 def test_without_the_compiler_one_line_says_where_to_get_it() -> None:
     asked = "import research\nfrom research import plan\ntry: plan.topology('v5e:2x4')\nexcept research.Refused as e: print(e)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "JAX_PLATFORMS": "cpu"}

@@ -179,6 +179,7 @@ def called(*numbers: int, processes: int = 3, timeout: int = 1) -> list[str]:
         return list(pool.map(one, numbers))
 
 
+@pytest.mark.slow
 def test_who_does_not_come_is_named_to_all_who_did() -> None:
     assert called(0, 1, 2, timeout=20) == ["", "", ""]
     told = called(0, 2)

@@ -20,6 +20,7 @@ def steps(directory: Path) -> list[int]:
     return sorted(int(event["args"]["step_num"]) for event in events if event.get("name") == "train" and "args" in event)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "last"), [(1, 2), (4, 4), (3, 7)])
 def test_a_trace_holds_just_its_steps_and_changes_nothing(first: int, last: int, tmp_path: Path) -> None:
     made = learner()

@@ -73,6 +73,7 @@ def test_a_batch_that_does_not_divide_is_computed_whole_by_each() -> None:
     np.testing.assert_allclose(found.trainable[-1], wanted.trainable[-1], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_padding_counts_for_nothing_wherever_it_lies() -> None:
     keras.utils.set_random_seed(1)
     model = masked()

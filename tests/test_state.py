@@ -43,7 +43,7 @@ def test_abstract_makes_no_array() -> None:
     assert jax.tree.structure(learner.names) == jax.tree.structure(shapes)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", pytest.param("optax", marks=pytest.mark.promotes)])
+@pytest.mark.parametrize("optimizer", ["adam", pytest.param("optax", marks=[pytest.mark.promotes, pytest.mark.slow])])
 def test_an_abstract_learner_steps_on_a_state_of_its_shapes(optimizer: str) -> None:
     def make() -> research.Learner:
         return build(optimizer=optax.adam(1e-3) if optimizer == "optax" else optimizer)
@@ -57,6 +57,7 @@ def test_an_abstract_learner_steps_on_a_state_of_its_shapes(optimizer: str) -> N
     jax.tree.map(np.testing.assert_array_equal, (found, logs), (expected, wanted))
 
 
+@pytest.mark.slow
 def test_a_state_is_born_in_parts_on_eight_devices() -> None:
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
@@ -149,6 +150,7 @@ def test_write_back_refuses_another_models_state() -> None:
         research.write_back(build(8).init(), keras.Sequential([keras.Input((8,)), layers.Dense(4)]))
 
 
+@pytest.mark.slow
 def test_write_back_gives_metrics_to_a_compiled_model() -> None:
     model = keras.Sequential([keras.Input((1,)), layers.Dense(1, kernel_initializer="zeros")])
     model.compile(loss="mae", metrics=["mse"])

@@ -6,6 +6,7 @@ import jax
 import keras
 import numpy as np
 import pytest
+from cases import first_quick
 from keras import layers
 
 import research
@@ -52,8 +53,8 @@ CASES = {
 
 
 @pytest.mark.promotes
-@pytest.mark.parametrize("parts", [2, 4])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("parts", first_quick([2, 4]))
+@pytest.mark.parametrize("name", first_quick(CASES))
 def test_accumulating_over_parts_equals_the_whole_batch_to_1e6(name: str, parts: int) -> None:
     model, batch, options = CASES[name]
     built = model()

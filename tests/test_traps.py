@@ -223,6 +223,7 @@ def test_an_optimizer_built_for_other_variables_is_refused(change: str, optimize
         jax.eval_shape(learner.train, learner.init(), batch(targets=2))
 
 
+@pytest.mark.slow
 def test_layers_frozen_before_keep_their_weights() -> None:
     model = two_layers()
     model.layers[0].trainable = False
