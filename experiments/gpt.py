@@ -9,8 +9,8 @@ A decoder (Radford et al. 2019: layers normalized first, learned positions, one 
 Keras layers, from a million parameters to 7 billion; the larger ones are for many chips. Whole files are held out. Text is
 written with the keys and values of what went before kept, so that a token costs the same wherever it stands.
 
-Expect val_bits_per_byte <= 2.1 by default (2.02 with the library of Python 3.11); each window begins without a past, so its first
-bytes are the hardest. The text looks like Python and means nothing.
+Expect val_bits_per_byte <= 2.1 by default (2.02 with the library of Python 3.11), after some five minutes on two cores; each
+window begins without a past, so its first bytes are the hardest. The text looks like Python and means nothing.
 """
 
 import functools
