@@ -17,6 +17,10 @@ from research.processes import lowest, whole
 from research.state import Refused
 from research.step import Learner
 
+# Batches of an evaluation from one wait for the device to the next. Without any, batches would pile up on the device, and of
+# several devices on a CPU some would never get a thread, which ends in all waiting for each other.
+AWAITED = 8
+
 Hook = Callable[[int, Any, dict[str, Any]], Any]  # (steps done, state, logs) -> state or None
 
 
@@ -193,6 +197,7 @@ def evaluator(
 
     def run(state: Any) -> dict[str, Any]:
         logs: dict[str, Any] = {}
+        before: dict[str, Any] = {}
         state = reset(state)
         with _brought(data) if resident is None else nullcontext(map(batch, range(data.steps_per_epoch))) as batches:
             for step, each in enumerate(batches):
@@ -200,6 +205,9 @@ def evaluator(
                 if shape not in programs:  # a shorter last batch
                     programs[shape] = evaluation(learner, state, source, each, data)
                 state, logs = programs[shape](state, source, each)
+                if step % AWAITED == 0:
+                    jax.block_until_ready(before)
+                    before = logs
                 if stop() and step + 1 < data.steps_per_epoch:
                     raise Stopped
         return logs

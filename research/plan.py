@@ -35,11 +35,12 @@ LISTED = 10  # arrays that take most of the memory
 class Plan(NamedTuple):
     """A step on chips that are not here. Sizes, FLOPs and traffic are those of one chip, `model_flops` those of all together.
 
-    `hbm_gib` has `arguments`, `temporaries`, `total` and `limit`; `collectives` a `count` and the `bytes` received for each kind;
-    `roofline` the seconds that `compute`, `memory` and `network` take at best, the `step` that takes as long as the longest of
-    them, and `utilisation`, the share of the chips' peak that the model's mathematics would be. `donation_misses` are leaves of
-    the state that need memory twice, `replicated` those of a MiB or more that lie whole on every chip of a mesh that splits
-    weights, both by name with their bytes; `largest` what takes most of the memory where there is too little.
+    `hbm_gib` has `arguments`, `temporaries`, `total` (results and code included) and `limit`; `collectives` a `count` and the
+    `bytes` received for each kind; `roofline` the seconds that `compute`, `memory` and `network` take at best, the `step` that
+    takes as long as the longest of them, and `utilisation`, the share of the chips' peak that the model's mathematics would be.
+    `donation_misses` are leaves of the state that need memory twice, `replicated` those of a MiB or more that lie whole on every
+    chip of a mesh that splits weights, both by name with their bytes; `largest` what takes most of the memory where there is too
+    little. Where the compiler gives up for lack of memory there is no program: `flops` and what follows from it are None.
     """
 
     topology: str
@@ -134,53 +135,61 @@ def plan(
     found = _compiled(lowered, name)
     seconds = time.perf_counter() - began
     say("reading the program")
-    held = sum(_bytes_on_a_chip(leaf) for leaf in jax.tree.leaves((state, spread)))
-    known: dict[str, Any] = {
-        "topology": name,
-        "chips": count,
-        "mesh": dict(mesh.shape),
-        "layout": getattr(layout, "__name__", "layout"),
-        "batch": examples,
-        "tokens_per_chip": _tokens(batch, count),
-        "parameters": parameters(shapes),
-        "model_flops": needed,
-        "replicated": _replicated(learner.names, state, mesh),
-        "compile_seconds": seconds,
-    }
+    held = sum(_bytes_on_a_chip(leaf) for leaf in jax.tree.leaves((state, spread))) / GIB
     if isinstance(found, Shortage):
-        total = found.used if found.arguments else found.used + held / GIB
-        memory = {"arguments": held / GIB, "temporaries": total - held / GIB, "total": total, "limit": found.limit}
+        total = found.used if found.arguments else found.used + held
+        memory = {"arguments": held, "temporaries": total - held, "total": total, "limit": found.limit}
+        fits, missed, run = False, {}, dict.fromkeys(("flops", "memory_bytes", "collectives", "roofline", "bound_by"))
+    else:
+        memory, program = _memory(found, chip), hlo.read(str(found.as_text()))
+        fits = memory["total"] <= memory["limit"]
+        missed, run = _missed(learner.names, state, hlo.aliased(program)), _run(program, chip, count, needed)
+    largest: list[dict[str, Any]] = []
+    if not fits:
+        told = found.largest if isinstance(found, Shortage) else []
         parts = mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
-        largest = found.largest or _largest(learner.names, state) + _kept(learner.train, shapes, batch, parts)
-        largest = sorted(largest, key=lambda each: -each["gib"])[:LISTED]
-        known |= dict.fromkeys(("flops", "memory_bytes", "collectives", "roofline", "bound_by"))
-        return Plan(**known, fits=False, hbm_gib=memory, donation_misses={}, largest=largest)
-    sizes, text = found.memory_analysis(), found.as_text()
+        told = told or _largest(learner.names, state) + _kept(learner.train, shapes, batch, parts)
+        largest = sorted(told, key=lambda each: -each["gib"])[:LISTED]
+    return Plan(
+        topology=name,
+        chips=count,
+        mesh=dict(mesh.shape),
+        layout=getattr(layout, "__name__", "layout"),
+        batch=examples,
+        tokens_per_chip=_tokens(batch, count),
+        parameters=parameters(shapes),
+        fits=fits,
+        hbm_gib=memory,
+        model_flops=needed,
+        donation_misses=missed,
+        replicated=_replicated(learner.names, state, mesh),
+        largest=largest,
+        compile_seconds=seconds,
+        **run,
+    )
+
+
+def _memory(found: jax.stages.Compiled, chip: chips.Chip) -> dict[str, float]:
+    """What a program takes, in GiB. The compiler leaves no room for its code, which lies in the chip's memory too."""
+    sizes = found.memory_analysis()
     assert sizes is not None
-    assert text is not None
     arguments, temporaries = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
     rest = sizes.output_size_in_bytes - sizes.alias_size_in_bytes + sizes.generated_code_size_in_bytes
-    program = hlo.read(text)
-    received = hlo.collectives(program)
-    moved = hlo.memory_bytes(program)
+    known = {"arguments": arguments, "temporaries": temporaries, "total": arguments + temporaries + rest, "limit": chip.memory}
+    return {part: size / GIB for part, size in known.items()}
+
+
+def _run(program: hlo.Program, chip: chips.Chip, count: int, needed: int) -> dict[str, Any]:
+    """What a program computes and moves on a chip, and how long that takes at best."""
+    received, moved = hlo.collectives(program), hlo.memory_bytes(program)
     roofline, bound = bounds(chip, count, needed, hlo.matrix_flops(program, passes=True), moved, received)
-    return Plan(
-        **known,
-        fits=True,
-        hbm_gib={
-            "arguments": arguments / GIB,
-            "temporaries": temporaries / GIB,
-            "total": (arguments + temporaries + rest) / GIB,
-            "limit": chip.memory / GIB,
-        },
-        flops=hlo.matrix_flops(program),
-        memory_bytes=moved,
-        collectives={kind: {"count": each.times, "bytes": each.bytes} for kind, each in received.items()},
-        roofline=roofline,
-        bound_by=bound,
-        donation_misses=_missed(learner.names, state, hlo.aliased(program)),
-        largest=[],
-    )
+    return {
+        "flops": hlo.matrix_flops(program),
+        "memory_bytes": moved,
+        "collectives": {kind: {"count": each.times, "bytes": each.bytes} for kind, each in received.items()},
+        "roofline": roofline,
+        "bound_by": bound,
+    }
 
 
 def wired(devices: Sequence[Any], name: str, axes: Mapping[str, int]) -> jax.sharding.Mesh:

@@ -96,7 +96,7 @@ def search(subject: "Subject", options: "Options", arguments: list[str], directo
     with Live(ranking(results), console=console, auto_refresh=False) if console.is_terminal else contextlib.nullcontext() as live:
         for bound, trial in trials:
             left = options.minutes * 60 - (time.monotonic() - began)
-            smaller = [each for each in results if each.get("fits") is False and each["mesh"] == trial.told["mesh"]]
+            smaller = [each for each in results if each.get("refused") and each["mesh"] == trial.told["mesh"]]
             if bound <= best():
                 result = {"skipped": f"at most {bound:,.0f} examples/s"}
             elif any(each["batch"] <= trial.batch and (each.get("remat") or not trial.remat) for each in smaller):
@@ -158,7 +158,8 @@ def tried(subject: "Subject", options: "Options", arguments: list[str], trial: T
     memory = found["hbm_gib"]
     told = {"fits": found["fits"], "gib": memory["total"], "limit": memory["limit"], "compile_seconds": found["compile_seconds"]}
     if not found["fits"]:
-        return told
+        # A compiler that is short of memory computes more again: where it found a program that is just too large, more may fit.
+        return {**told, "refused": found["roofline"] is None}
     step, used = found["roofline"]["step"], found["roofline"]["utilisation"]
     speed = {"examples_per_second": found["batch"] / step, "step": step, "utilisation": used, "bound_by": found["bound_by"]}
     return {**told, **speed}

@@ -1,6 +1,7 @@
 """On any mesh a learner computes what it does on one device, its state lies as the layout says, and nothing compiles twice."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -228,6 +229,26 @@ def test_evaluation_and_prediction_are_exact_where_batches_do_not_divide(size: i
     assert found == pytest.approx(wanted, rel=1e-6)
     outputs = research.predict(learner, spread, learner.init())
     np.testing.assert_allclose(outputs, research.predict(alone, held, alone.init()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_long_evaluation_comes_to_its_end() -> None:
+    """Programs that wait for each other are run by a thread for each device: with too many ahead, all wait for ever."""
+    devices = 8
+    code = (
+        "import numpy as np, research, keras\n"
+        "from research import parallel\n"
+        "stack = [keras.layers.Dense(64, activation='tanh') for _ in range(8)]\n"
+        "model = keras.Sequential([keras.Input((64,)), *stack])\n"
+        f"mesh = parallel.mesh(fsdp={devices})\n"
+        "learner = parallel.shard(research.supervised(model, loss='mse'), mesh)\n"
+        f"x = np.ones(({devices} * 1000, 64), 'float32')\n"
+        f"data = parallel.spread(research.arrays(x, x, batch_size={devices}), mesh)\n"
+        "print(len(research.evaluate(learner, data, learner.init())), research.predict(learner, data, learner.init()).shape)\n"
+    )
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment, check=False)
+    assert done.stdout == f"1 ({1000 * devices}, 64)\n", done.stderr
 
 
 @pytest.mark.slow

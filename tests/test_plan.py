@@ -322,6 +322,20 @@ def test_too_large_a_model_is_an_answer_with_what_takes_the_room(compiler: None)
 
 @installed
 @pytest.mark.slow
+def test_a_program_whose_code_has_no_room_does_not_fit(compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = plan(256, 8, data=8)
+    chip, count = planning.chips.slice_of("v5e:2x4")
+    tight = chip._replace(memory=int(found.hbm_gib["total"] * planning.GIB) - 1)
+    assert tight.memory > (found.hbm_gib["arguments"] + found.hbm_gib["temporaries"]) * planning.GIB
+    monkeypatch.setattr(planning.chips, "slice_of", lambda name: (tight, count))
+    short = plan(256, 8, data=8)
+    assert (found.fits, short.fits) == (True, False)
+    assert short.largest
+    assert short.roofline == found.roofline
+
+
+@installed
+@pytest.mark.slow
 def test_what_can_be_counted_otherwise_agrees(compiler: None) -> None:
     """Against XLA's own count where there is no loop, against the number of layers where there is one."""
     from research import hlo
@@ -542,7 +556,7 @@ def test_a_search_leaves_out_what_can_not_be_faster_or_fit(
     def tried(subject: Any, options: Any, arguments: Any, trial: Any, left: float) -> dict[str, Any]:
         asked.append(trial)
         fits = trial.axes == {"data": 8} and trial.batch == 32 and trial.remat
-        found = {"fits": fits, "gib": 1.0, "limit": 2.0, "compile_seconds": 0.0}
+        found = {"fits": fits, "gib": 1.0, "limit": 2.0, "compile_seconds": 0.0, "refused": trial.axes != {"fsdp": 8}}
         fast = {"examples_per_second": 1e15, "step": 1.0, "utilisation": 1.0, "bound_by": "compute"}
         return {**found, **fast} if found["fits"] else found
 
@@ -553,7 +567,9 @@ def test_a_search_leaves_out_what_can_not_be_faster_or_fit(
     reasons = [each.get("skipped", "") for each in found]
     assert any(reason.startswith("at most ") for reason in reasons)
     assert "less did not fit" in reasons
-    assert {(trial.batch, trial.remat) for trial in asked} == {(32, False), (32, True)}  # with more there is less room
+    sizes = {(trial.batch, trial.remat) for trial in asked if trial.axes != {"fsdp": 8}}
+    assert sizes == {(32, False), (32, True)}  # with more there is less room
+    assert {trial.batch for trial in asked if trial.axes == {"fsdp": 8}} == {32, 64, 128}  # there might be
     assert len(asked) + sum(map(bool, reasons)) == len(found) == len(importlib.import_module("searching").grids(8)) * 3 * 2
     assert "a step at best, by mesh" in capsys.readouterr().out
 
