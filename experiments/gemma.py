@@ -165,21 +165,12 @@ def generate(
     shape = (batch, size["num_layers"], 2, given + length, size["num_key_value_heads"], size["head_dim"])
     weights = [(built.trainable_variables, state.trainable), (built.non_trainable_variables, state.non_trainable)]
 
-    def extended(cache: Array, tokens: Array, start: Any) -> tuple[Array, Array]:
+    def extend(cache: Array, tokens: Array, start: Array) -> tuple[Array, Array]:
         with keras.StatelessScope(mapped(weights)):
             logits, _, cache = model.call_with_cache(tokens, cache, start)
         return cache, logits[:, -1].astype(jnp.float32)
 
-    def one(carry: tuple[Array, Array, Array], key: Array) -> tuple[tuple[Array, Array, Array], Array]:
-        cache, logits, position = carry
-        drawn = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6))
-        token = jnp.where(temperature > 0, drawn, jnp.argmax(logits, -1)).astype(jnp.int32)
-        cache, logits = extended(cache, token[:, None], position)
-        return (cache, logits, position + 1), token
-
-    cache, logits = extended(jnp.zeros(shape, backbone.compute_dtype), prompt, 0)
-    _, tokens = jax.lax.scan(one, (cache, logits, jnp.int32(given)), jax.random.split(key, length))
-    return tokens.T
+    return gpt.one_by_one(extend, jnp.zeros(shape, backbone.compute_dtype), prompt, key, length, temperature)
 
 
 def models(config: Config, state: research.State) -> dict[str, keras.Model]:

@@ -431,15 +431,36 @@ def generate(
         )
     model = hollow(config)
 
-    def one(carry: tuple[Cache, Array, Array], key: Array) -> tuple[tuple[Cache, Array, Array], Array]:
+    def extend(cache: Cache, tokens: Array, start: Array) -> tuple[Cache, Array]:
+        logits, cache = extended(model, state, cache, tokens, start)
+        return cache, logits[:, -1]
+
+    return one_by_one(extend, empty(config, batch), prompt, key, length, temperature)
+
+
+def one_by_one(
+    extend: Callable[[Any, Array, Array], tuple[Any, Array]],
+    cache: Any,
+    prompt: Int[Array, "batch given"],
+    key: Array,
+    length: int,
+    temperature: float | Float[Array, ""],
+) -> Int[Array, "batch {length}"]:
+    """So many tokens after a prompt, drawn one after the other from any network.
+
+    `extend` takes a cache, tokens and where the first of them stands; it gives the cache with these in it, and the logits of what
+    follows the last, [batch, vocabulary].
+    """
+
+    def one(carry: tuple[Any, Array, Array], key: Array) -> tuple[tuple[Any, Array, Array], Array]:
         cache, logits, position = carry
         drawn = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6))
         token = jnp.where(temperature > 0, drawn, jnp.argmax(logits, -1)).astype(jnp.int32)
-        after, cache = extended(model, state, cache, token[:, None], position)
-        return (cache, after[:, 0], position + 1), token
+        cache, logits = extend(cache, token[:, None], position)
+        return (cache, logits, position + 1), token
 
-    logits, cache = extended(model, state, empty(config, batch), prompt, jnp.int32(0))
-    _, tokens = jax.lax.scan(one, (cache, logits[:, -1], jnp.int32(given)), jax.random.split(key, length))
+    cache, logits = extend(cache, prompt, jnp.int32(0))
+    _, tokens = jax.lax.scan(one, (cache, logits, jnp.int32(prompt.shape[1])), jax.random.split(key, length))
     return tokens.T
 
 
