@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 import research
-from experiments import gpt
+from experiments import _text, gpt
 from research.data import Batches
 from research.state import mapped
 
@@ -144,8 +144,8 @@ def build(config: Config) -> research.Learner:
 
 
 def data(config: Config) -> dict[str, Batches]:
-    """Windows of Python's standard library, `train` and `val`, as `experiments/gpt.py` cuts them."""
-    return gpt.data(text(config))
+    """Windows of Python's standard library, `train` and `val`, a context long."""
+    return _text.windows(gpt.chosen(text(config)).context, config.windows, config.batch_size, config.seed)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "length"))
@@ -170,7 +170,7 @@ def generate(
             logits, _, cache = model.call_with_cache(tokens, cache, start)
         return cache, logits[:, -1].astype(jnp.float32)
 
-    return gpt.one_by_one(extend, jnp.zeros(shape, backbone.compute_dtype), prompt, key, length, temperature)
+    return _text.one_by_one(extend, jnp.zeros(shape, backbone.compute_dtype), prompt, key, length, temperature)
 
 
 def models(config: Config, state: research.State) -> dict[str, keras.Model]:
@@ -180,13 +180,15 @@ def models(config: Config, state: research.State) -> dict[str, keras.Model]:
     return {"model": model}
 
 
-results = gpt.results  # of the same files
+def results(config: Config, learner: research.Learner, state: research.State, splits: dict[str, Batches]) -> dict[str, float]:
+    """The loss on held-out files in bits a byte."""
+    return {"val_bits_per_byte": _text.bits_per_byte(learner, state, splits["val"])}
 
 
 def pictures(config: Config, learner: research.Learner, state: research.State, splits: dict[str, Batches]) -> dict[str, "Figure"]:
     """How a held-out file goes on, and how the network does from the same beginning, twice."""
 
     def go_on(prompt: Array, key: Array, length: int) -> Array:
-        return generate(config, state, prompt, key, length, gpt.TEMPERATURE)
+        return generate(config, state, prompt, key, length, _text.TEMPERATURE)
 
-    return {"text": gpt.compared(text(config), go_on)}
+    return {"text": _text.compared(go_on, gpt.chosen(text(config)).context)}

@@ -14,21 +14,17 @@ window begins without a past, so its first bytes are the hardest. The text looks
 """
 
 import functools
-import hashlib
 import math
-import re
-import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 import research
+from experiments import _text
 from research.data import Batches, steps_in
 from research.reordering import reordered
 from research.state import mapped
@@ -37,15 +33,6 @@ import keras  # isort: skip  (research first: it chooses Keras' backend)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-# Tests, tables and documentation are little like the rest, what others wrote is another thing on every machine.
-SKIPPED = re.compile(
-    r"(^|/)(tests?|idlelib|turtledemo|tkinter|encodings|pydoc_data|site-packages|dist-packages)/|^(lib2to3|sitecustomize|config-)"
-)
-ONE_HELD_OUT_IN = 16  # files
-HELD_OUT_BYTES = 1 << 17  # of them are evaluated on
-END = b"\0"  # of a file
-TEMPERATURE = 0.8  # of the text in pictures
 
 
 class Preset(NamedTuple):
@@ -315,63 +302,8 @@ def build(config: Config) -> research.Learner:
 
 
 def data(config: Config) -> dict[str, Batches]:
-    """Windows of `train` at random places, drawn by seed and step, and of `val` at places that stay, evenly over its text.
-
-    Each byte is to be told from those before it in its window: `y` is `x` one further.
-    """
-    context = chosen(config).context
-
-    def split(name: str, windows: int, size: int) -> Batches:
-        epoch = steps_in(windows, size)
-
-        def part(step: int, start: int, stop: int) -> research.Batch:
-            text = texts()[name]
-            last = len(text) - context - 1
-            if name == "train":
-                starts = np.random.Generator(np.random.Philox(key=[config.seed, step])).integers(0, last + 1, size)
-            else:
-                first = step % epoch * size
-                starts = np.linspace(0, last, windows).astype(np.int64)[first : first + size]
-            cut = text[starts[start:stop, None] + np.arange(context + 1)].astype(np.int32)
-            return research.Batch(cut[:, :-1], cut[:, 1:])
-
-        rows = jax.ShapeDtypeStruct((size, context), np.int32)
-        return Batches(lambda step: part(step, 0, size), research.Batch(rows, rows), epoch, windows, part=part)
-
-    held_out = max(1, HELD_OUT_BYTES // context)
-    drawn = steps_in(config.windows, config.batch_size) * config.batch_size  # every batch is whole
-    return {
-        "train": split("train", drawn, config.batch_size),
-        "val": split("val", held_out, min(config.batch_size, held_out)),
-    }
-
-
-@functools.cache
-def files() -> dict[str, dict[str, bytes]]:
-    """The sources of each split by their paths, in order; which one is held out, its path alone decides."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    found: dict[str, dict[str, bytes]] = {"train": {}, "val": {}}
-    seen = set()
-    for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
-        if SKIPPED.search(name) is None:
-            content = (root / name).read_bytes()
-            drawn = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-            if content and content not in seen:  # a copy might be trained on and held out
-                found["train" if drawn % ONE_HELD_OUT_IN else "val"][name] = content
-                seen.add(content)
-    size = sum(map(len, found["val"].values()))
-    if size < HELD_OUT_BYTES:
-        raise research.Refused(
-            f"gpt: {root} holds {len(seen)} files of Python's own source, of which {size:,} bytes would be held out; expected "
-            f"{HELD_OUT_BYTES:,} at least: use a Python whose standard library lies there as .py files."
-        )
-    return found
-
-
-@functools.cache
-def texts() -> dict[str, Int[np.ndarray, " bytes"]]:
-    """The bytes of each split, the files one after the other: uint8."""
-    return {name: np.frombuffer(b"".join(each + END for each in held.values()), np.uint8) for name, held in files().items()}
+    """Windows of Python's standard library, a context long: `train` and `val`."""
+    return _text.windows(chosen(config).context, config.windows, config.batch_size, config.seed)
 
 
 class Cache(NamedTuple):
@@ -435,50 +367,12 @@ def generate(
         logits, cache = extended(model, state, cache, tokens, start)
         return cache, logits[:, -1]
 
-    return one_by_one(extend, empty(config, batch), prompt, key, length, temperature)
-
-
-def one_by_one(
-    extend: Callable[[Any, Array, Array], tuple[Any, Array]],
-    cache: Any,
-    prompt: Int[Array, "batch given"],
-    key: Array,
-    length: int,
-    temperature: float | Float[Array, ""],
-) -> Int[Array, "batch {length}"]:
-    """So many tokens after a prompt, drawn one after the other from any network.
-
-    `extend` takes a cache, tokens and where the first of them stands; it gives the cache with these in it, and the logits of what
-    follows the last, [batch, vocabulary].
-    """
-
-    def one(carry: tuple[Any, Array, Array], key: Array) -> tuple[tuple[Any, Array, Array], Array]:
-        cache, logits, position = carry
-        drawn = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6))
-        token = jnp.where(temperature > 0, drawn, jnp.argmax(logits, -1)).astype(jnp.int32)
-        cache, logits = extend(cache, token[:, None], position)
-        return (cache, logits, position + 1), token
-
-    cache, logits = extend(cache, prompt, jnp.int32(0))
-    _, tokens = jax.lax.scan(one, (cache, logits, jnp.int32(prompt.shape[1])), jax.random.split(key, length))
-    return tokens.T
-
-
-def written(go_on: Callable[[Array, Array, int], Array], prompt: np.ndarray, context: int, length: int) -> np.ndarray:
-    """Texts, [texts, tokens], and `length` tokens after each, the same every time: `go_on(prompt, key, length)` writes some.
-
-    When a context is full, which the prompt has to leave room in, it goes on from as much of its end as the prompt was.
-    """
-    given, text = prompt.shape[1], prompt
-    for key in jax.random.split(jax.random.key(0), -(-length // (context - given))):
-        new = go_on(jnp.asarray(text[:, -given:], jnp.int32), key, context - given)
-        text = np.concatenate([text, np.asarray(new)], axis=1)
-    return text[:, : given + length]
+    return _text.one_by_one(extend, empty(config, batch), prompt, key, length, temperature)
 
 
 def writer(config: Config, state: research.State) -> Callable[[Array, Array, int], Array]:
     """What writes on after a prompt."""
-    return lambda prompt, key, length: generate(config, state, prompt, key, length, TEMPERATURE)
+    return lambda prompt, key, length: generate(config, state, prompt, key, length, _text.TEMPERATURE)
 
 
 def models(config: Config, state: research.State) -> dict[str, keras.Model]:
@@ -489,70 +383,20 @@ def models(config: Config, state: research.State) -> dict[str, keras.Model]:
 
 
 def results(config: Config, learner: research.Learner, state: research.State, splits: dict[str, Batches]) -> dict[str, float]:
-    """The loss on held-out files in bits: what a byte of them would take, compressed by what the network knows."""
-    return {"val_bits_per_byte": research.evaluate(learner, splits["val"], state)["loss"] / math.log(2)}
-
-
-def passage(config: Config, length: int) -> np.ndarray:
-    """Held-out text from the beginning of a method on: half a context, and `length` tokens after it."""
-    text = texts()["val"].tobytes()
-    begin = text.find(b"\n    def ", len(text) // 2) + 1
-    return np.frombuffer(text[begin : begin + chosen(config).context // 2 + length], np.uint8).astype(np.int32)
+    """The loss on held-out files in bits a byte."""
+    return {"val_bits_per_byte": _text.bits_per_byte(learner, state, splits["val"])}
 
 
 def each_epoch(
     config: Config, learner: research.Learner, state: research.State, splits: dict[str, Batches]
 ) -> dict[str, "Figure"]:
     """What the network writes so far, after the same beginning each time."""
-    given = passage(config, 0)
-    text = written(writer(config, state), given[None], chosen(config).context, 400)
-    return {"text": pages({"written so far": text[0]}, len(given))}
+    context = chosen(config).context
+    given = _text.passage(context // 2, 0)
+    text = _text.written(writer(config, state), given[None], context, 400)
+    return {"text": _text.pages({"written so far": text[0]}, len(given))}
 
 
 def pictures(config: Config, learner: research.Learner, state: research.State, splits: dict[str, Batches]) -> dict[str, "Figure"]:
     """How a held-out file goes on, and how the network does from the same beginning, twice."""
-    return {"text": compared(config, writer(config, state))}
-
-
-def compared(config: Config, go_on: Callable[[Array, Array, int], Array], length: int = 800) -> "Figure":
-    """A held-out passage beside two texts that are written after its beginning."""
-    real = passage(config, length)
-    given = len(real) - length
-    first, second = written(go_on, np.stack([real[:given]] * 2), chosen(config).context, length)
-    return pages({"held out": real, "written": first, "written again": second}, given)
-
-
-def shown(tokens: np.ndarray, columns: int = 80) -> str:
-    r"""Bytes as text of lines no longer than that; what can't be shown is a dot.
-
-    >>> shown(np.frombuffer(b"def f(x):\n\treturn x", np.uint8), columns=8)
-    'def f(x)\n:\n    retu\nrn x'
-    """
-    lines = [""]
-    for token in tokens:
-        if token == ord("\n"):
-            lines.append("")
-            continue
-        text = "    " if token == ord("\t") else chr(token) if 32 <= token < 127 else "·"
-        if len(lines[-1]) + len(text) > columns:
-            lines.append("")
-        lines[-1] += text
-    return "\n".join(lines)
-
-
-def pages(texts: dict[str, np.ndarray], given: int) -> "Figure":
-    """Texts side by side, the given beginning of each in grey."""
-    from matplotlib.figure import Figure
-
-    told = {title: (shown(text[:given]), shown(text)) for title, text in texts.items()}
-    height = 0.7 + 0.15 * max(page.count("\n") + 1 for _, page in told.values())
-    figure = Figure(figsize=(6.2 * len(told), height))
-    for i, (title, (beginning, page)) in enumerate(told.items()):
-        left = (i + 0.03) / len(told)
-        figure.text(left, 1 - 0.15 / height, title, fontsize=11, va="top")
-        # Drawn over one another: what is grey in the one is blank in the other.
-        rest = re.sub(r"[^\n]", " ", beginning) + page[len(beginning) :]
-        for text, colour in ((beginning, "0.55"), (rest, "k")):
-            style = {"family": "monospace", "fontsize": 8.5, "va": "top", "color": colour, "parse_math": False}
-            figure.text(left, 1 - 0.5 / height, text, **style)
-    return figure
+    return {"text": _text.compared(writer(config, state), chosen(config).context)}

@@ -1,6 +1,5 @@
-"""The GPT: caching, computing anew, cutting into parts and many devices change nothing; nothing held out is trained on."""
+"""The GPT: caching, computing anew, cutting into parts and many devices change nothing."""
 
-import hashlib
 import io
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import research
-from experiments import gpt
+from experiments import _text, gpt
 from experiments.gpt import Config, Preset
 from research import Refused, parallel
 from research.objective import forward
@@ -290,82 +289,14 @@ def test_tokens_are_drawn_as_likely_as_the_network_says() -> None:
 def test_it_goes_on_when_a_context_is_full_and_draws_what_can_be_read() -> None:
     learner, splits = gpt.build(TINY), gpt.data(TINY)
     state = learner.init()  # writes any byte there is
-    prompt = gpt.passage(TINY, 0)[None]
-    text = gpt.written(gpt.writer(TINY, state), prompt, CONTEXT, 30)
+    prompt = _text.passage(CONTEXT // 2, 0)[None]
+    text = _text.written(gpt.writer(TINY, state), prompt, CONTEXT, 30)
     assert text.shape == (1, CONTEXT // 2 + 30)
     np.testing.assert_array_equal(text[:, : CONTEXT // 2], prompt)
-    last = gpt.generate(TINY, state, text[:, 16:24], jax.random.split(jax.random.key(0), 4)[2], 8, gpt.TEMPERATURE)
+    last = gpt.generate(TINY, state, text[:, 16:24], jax.random.split(jax.random.key(0), 4)[2], 8, _text.TEMPERATURE)
     np.testing.assert_array_equal(text[:, 24:32], last)
     for drawn in (gpt.each_epoch(TINY, learner, state, splits), gpt.pictures(TINY, learner, state, splits)):
         drawn["text"].savefig(io.BytesIO())  # a glyph that is missing would warn
-
-
-# --- the text it reads
-
-
-def test_batches_are_windows_of_the_text_by_seed_and_step() -> None:
-    train, text = gpt.data(TINY)["train"], gpt.texts()["train"].tobytes()
-    batch = train.batch(5)
-    assert jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), batch) == train.shapes
-    np.testing.assert_array_equal(batch.x[:, 1:], batch.y[:, :-1])
-    windows = np.concatenate([batch.x, batch.y[:, -1:]], axis=1).astype(np.uint8)
-    assert all(window.tobytes() in text for window in windows)
-    np.testing.assert_array_equal(gpt.data(TINY)["train"].batch(5).x, batch.x)
-    others = [train.batch(4), gpt.data(replace(TINY, seed=4))["train"].batch(5)]
-    assert all((other.x != batch.x).any() for other in others)
-
-
-def test_an_epoch_is_as_long_as_asked_and_its_batches_whole() -> None:
-    train = gpt.data(replace(TINY, windows=20))["train"]
-    assert (train.steps_per_epoch, train.examples, len(train.batch(2).x)) == (3, 24, 8)
-
-
-def test_what_is_evaluated_on_is_always_the_same_and_all_of_it_held_out() -> None:
-    config = replace(TINY, context=1000, batch_size=50)
-    val, other = gpt.data(config)["val"], gpt.data(replace(config, seed=9))["val"]
-    batches = [val.batch(step) for step in range(val.steps_per_epoch)]
-    assert [len(batch.x) for batch in batches] == [50, 50, 31]  # 131 windows of 1,000 bytes
-    text = gpt.texts()["val"].tobytes()
-    assert all(row.astype(np.uint8).tobytes() in text for batch in batches for row in batch.y)
-    assert text.startswith(batches[0].x[0].astype(np.uint8).tobytes())
-    assert text.endswith(batches[-1].y[-1].astype(np.uint8).tobytes())
-    for step, batch in enumerate(batches):
-        np.testing.assert_array_equal(other.batch(step).x, batch.x)
-        np.testing.assert_array_equal(val.batch(step + 3).x, batch.x)
-
-
-def test_nothing_held_out_is_trained_on() -> None:
-    train, val = gpt.files()["train"], gpt.files()["val"]
-    assert not set(train) & set(val)
-    assert not set(train.values()) & set(val.values())
-    assert 0.02 < sum(map(len, val.values())) / sum(map(len, (train | val).values())) < 0.10
-    text = gpt.texts()["train"].tobytes()
-    assert not any(content in text for content in val.values() if len(content) > 200)
-    held_out = {name for name in train | val if int(hashlib.sha256(name.encode()).hexdigest()[:16], 16) % 16 == 0}
-    assert held_out == set(val)
-    assert not [name for name in train | val if "/test/" in f"/{name}" or "site-packages/" in name]
-
-
-def test_a_copy_is_read_once_and_tests_and_packages_never(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sources = [b"%03d\n" % i * 5000 for i in range(200)]
-    for folder in ("", "copies", "test", "json/tests", "site-packages/jax"):
-        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-        for i, source in enumerate(sources):
-            (tmp_path / folder / f"m{i}.py").write_bytes(source if folder in ("", "copies") else b"#" + source)
-    monkeypatch.setattr(gpt.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    gpt.files.cache_clear()
-    found = gpt.files()
-    gpt.files.cache_clear()
-    assert sorted([*found["train"].values(), *found["val"].values()]) == sources
-    assert found["val"]
-
-
-def test_the_text_is_the_same_whenever_it_is_read() -> None:
-    first = {name: text.tobytes() for name, text in gpt.texts().items()}
-    gpt.texts.cache_clear()
-    gpt.files.cache_clear()
-    assert {name: text.tobytes() for name, text in gpt.texts().items()} == first
-    assert list(gpt.files()["train"]) == sorted(gpt.files()["train"])
 
 
 # --- what does not fit
@@ -390,13 +321,7 @@ def test_a_config_that_does_not_fit_is_refused_in_one_line(wrong: dict[str, Any]
         assert "\n" not in str(refusal.value)
 
 
-def test_a_text_longer_than_the_context_and_a_python_without_sources_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_text_longer_than_the_context_is_refused() -> None:
     state = gpt.build(TINY).init()
     with pytest.raises(Refused, match=r"14 tokens after 3; expected .* no more than the context of 16 in all"):
         gpt.generate(TINY, state, jnp.zeros((1, 3), jnp.int32), jax.random.key(0), 14)
-    monkeypatch.setattr(gpt.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    gpt.files.cache_clear()
-    with pytest.raises(Refused, match="holds 0 files of Python's own source"):
-        gpt.files()
