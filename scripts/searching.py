@@ -42,53 +42,13 @@ class Trial(NamedTuple):
 
 def search(subject: "Subject", options: "Options", arguments: list[str], directory: Path) -> None:
     """Tries what may be fastest first; leaves out what can't fit or can't be faster than what was found, and says so."""
-    import jax
     from rich.console import Console
     from rich.live import Live
 
-    from research import Refused, chips, parallel
-    from research import plan as planning
-    from research.flops import model_flops
+    from research import Refused
 
-    began, console = time.monotonic(), Console(highlight=False)
-    chip, count = chips.slice_of(options.topology)
-    devices = planning.topology(options.topology)
-    learner, shapes, base, _ = subject.make()
-    batch = jax.tree.leaves(base)[0].shape[0]
-    remats = (False, True) if any(field.name == "remat" for field in dataclasses.fields(subject.config)) else (None,)
-    needed = model_flops(learner.train, shapes, base) / batch  # for one example
-    trials: list[tuple[float, Trial]] = []
-    results: list[dict[str, Any]] = []
-    for axes in grids(count):
-        try:
-            mesh = planning.wired(devices, options.topology, axes)
-            placed = parallel.shardings(learner.names, shapes, mesh, parallel.fitting(mesh))
-        except Refused as error:
-            results.append({**Trial(axes, batch, None).told, "skipped": " ".join(str(error).split())})
-            continue
-        split = any("tensor" in jax.tree.leaves(tuple(each.spec)) for each in jax.tree.leaves(placed))
-        leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(placed), strict=True)
-        state = sum(math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, where in leaves)
-        for size in (batch, 2 * batch, 4 * batch):
-            for remat in remats:
-                trial = Trial(axes, size, remat)
-                parts = axes.get("data", 1) * axes.get("fsdp", 1)
-                why = None
-                if size % parts:
-                    why = f"{size} examples do not divide into {parts} parts"
-                elif axes.get("tensor", 1) > 1 and not split:
-                    why = "no layer can be split so"
-                elif state > chip.memory:
-                    why = f"the state alone takes {state / chips.GIB:.2f} GiB a chip"
-                if why is None:
-                    least = max(needed * size / (count * chip.flops), state / chip.bandwidth)
-                    trials.append((size / least, trial))
-                else:
-                    results.append({**trial.told, "skipped": why})
-    # What can be fastest comes first; of equals what splits weights most, for it fits, and least layers.
-    trials.sort(key=lambda each: (-each[0], each[1].axes.get("tensor", 1), -each[1].axes.get("fsdp", 1), each[1].remat is True))
-
-    about = {"topology": options.topology, "experiment": subject.name}
+    began, console, path = time.monotonic(), Console(highlight=False), directory / "search.json"
+    trials, results = candidates(subject, options)
 
     def best() -> float:
         return max((each["examples_per_second"] for each in results if each.get("fits")), default=0.0)
@@ -106,7 +66,7 @@ def search(subject: "Subject", options: "Options", arguments: list[str], directo
             else:
                 result = tried(subject, options, arguments, trial, left)
             results.append({**trial.told, **result})
-            record.write_json(directory / "search.json", {**about, "tried": ranked(results)})
+            record.write_json(path, {"topology": options.topology, "experiment": subject.name, "tried": ranked(results)})
             if live is not None:
                 live.update(ranking(results), refresh=True)
             elif "skipped" not in result:
@@ -114,10 +74,54 @@ def search(subject: "Subject", options: "Options", arguments: list[str], directo
     if live is None:
         console.print(ranking(results))
     if not best():
-        raise Refused(
-            f"--search: nothing fits of what was tried; {directory / 'search.json'} says why: try larger chips, or more."
-        )
-    console.print(f"{directory / 'search.json'}", soft_wrap=True)
+        raise Refused(f"--search: nothing fits of what was tried; {path} says why: try larger chips, or more.")
+    console.print(f"{path}", soft_wrap=True)
+
+
+def candidates(subject: "Subject", options: "Options") -> tuple[list[tuple[float, Trial]], list[dict[str, Any]]]:
+    """What is worth compiling, each with the examples a second that it can't exceed, in order; and what is not, with the reason.
+
+    What can be fastest comes first; of equals what splits weights most, for it fits, and layers least.
+    """
+    import jax
+
+    from research import Refused, chips, parallel
+    from research import plan as planning
+    from research.flops import model_flops
+
+    chip, count = chips.slice_of(options.topology)
+    devices = planning.topology(options.topology)
+    learner, shapes, base, _ = subject.make()
+    batch = jax.tree.leaves(base)[0].shape[0]
+    remats = (False, True) if any(field.name == "remat" for field in dataclasses.fields(subject.config)) else (None,)
+    needed = model_flops(learner.train, shapes, base) / batch  # for one example
+    trials: list[tuple[float, Trial]] = []
+    left_out: list[dict[str, Any]] = []
+    for axes in grids(count):
+        told = Trial(axes, batch, None).told
+        try:
+            mesh = planning.wired(devices, options.topology, axes)
+            placed = parallel.shardings(learner.names, shapes, mesh, parallel.fitting(mesh))
+        except Refused as error:
+            reason = " ".join(str(error).split()).partition(";")[0]
+            left_out.append({**told, "skipped": reason.removeprefix(f"mesh: {told['mesh']} ")})
+            continue
+        split = any("tensor" in jax.tree.leaves(tuple(each.spec)) for each in jax.tree.leaves(placed))
+        leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(placed), strict=True)
+        state = sum(math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, where in leaves)
+        parts = axes.get("data", 1) * axes.get("fsdp", 1)
+        for trial in (Trial(axes, times * batch, remat) for times in (1, 2, 4) for remat in remats):
+            if trial.batch % parts:
+                left_out.append({**trial.told, "skipped": f"{trial.batch} examples do not divide into {parts} parts"})
+            elif axes.get("tensor", 1) > 1 and not split:
+                left_out.append({**trial.told, "skipped": "no layer can be split so"})
+            elif state > chip.memory:
+                left_out.append({**trial.told, "skipped": f"the state alone takes {state / chips.GIB:.2f} GiB a chip"})
+            else:
+                least = max(needed * trial.batch / (count * chip.flops), state / chip.bandwidth)
+                trials.append((trial.batch / least, trial))
+    trials.sort(key=lambda each: (-each[0], each[1].axes.get("tensor", 1), -each[1].axes.get("fsdp", 1), each[1].remat is True))
+    return trials, left_out
 
 
 def grids(count: int) -> list[dict[str, int]]:
