@@ -16,6 +16,7 @@ from jaxtyping import Array, PyTree
 
 from research.graph import graph
 from research.loop import Entry, Hook
+from research.processes import whole
 from research.state import State
 
 if TYPE_CHECKING:
@@ -243,7 +244,11 @@ def recording(
         def hook(step: int, state: Any, logs: Any) -> None:
             if copied:
                 copied.pop().result()  # one copy of the weights at a time
-            copies = jax.device_put(weights(names, state), may_alias=False)  # the state itself is about to be donated
+            # The state itself is about to be donated. What several processes gathered may have no room on one device.
+            copies = {
+                name: np.array(leaf) if isinstance(leaf, np.ndarray) else jax.device_put(leaf, may_alias=False)
+                for name, leaf in whole(weights(names, state)).items()
+            }
             copied.append(add(histograms, "train", step, copies))
 
         known = {

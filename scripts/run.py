@@ -311,6 +311,8 @@ def train(
     run: Any, module: Any, learner: Any, splits: Any, config: Any, options: Options, at: Any, summary: dict[str, Any], asked: Any
 ) -> Any:
     """Trains from a checkpoint to the end, keeping `summary` true at every log and a checkpoint of what was done."""
+    import jax
+
     from research import checkpoint, console, loop, processes, record, state, tensorboard
 
     data = splits["train"]
@@ -348,16 +350,18 @@ def train(
             progress(step, waited)
 
         def draw(step: int, state: Any, logs: Any) -> None:
-            figures = module.each_epoch(config, learner, processes.whole(state), splits)
-            record.draw(run, figures, epoch=-(-step // data.steps_per_epoch))
-
-        def looked_at(step: int, state: Any, logs: Any) -> None:
-            weights(step, processes.whole(state), logs)
+            epoch = -(-step // data.steps_per_epoch)
+            try:
+                record.draw(run, module.each_epoch(config, learner, processes.whole(state), splits), epoch=epoch)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                print(f"no pictures of epoch {epoch}: a device has no room for them beside the training", file=sys.stderr)
 
         drawing = [(data.steps_per_epoch, draw)] if hasattr(module, "each_epoch") else []
         every = options.checkpoint_every or total + 1
         if at.step and (at.step % looks == 0 or at.step == total):
-            looked_at(at.step, at.state, {})
+            weights(at.step, at.state, {})
 
         try:
             trained, _ = loop.train(
@@ -371,7 +375,7 @@ def train(
                 log=log,
                 evaluations={"val": splits["val"]} if "val" in splits else {},
                 # A checkpoint comes last: what it has behind it is on the disk.
-                hooks=[*traced, *drawing, (looks, looked_at), (every, waited), (every, save)],
+                hooks=[*traced, *drawing, (looks, weights), (every, waited), (every, save)],
                 stop=asked,
                 progress=told,
             )
@@ -415,8 +419,15 @@ def finish(
 
 
 def networks(module: Any, config: Any, state: Any) -> dict[str, Any]:
-    """An experiment's Keras models with a state's weights, where it has any."""
-    return dict(module.models(config, state)) if hasattr(module, "models") else {}
+    """An experiment's Keras models with a state's weights, where it has any. They lie on the host: a device may lack the room."""
+    import jax
+
+    host = None
+    if jax.default_backend() != "cpu":
+        with contextlib.suppress(RuntimeError):  # JAX_PLATFORMS may leave the host out
+            host = jax.local_devices(backend="cpu")[0]
+    with jax.default_device(host):
+        return dict(module.models(config, state)) if hasattr(module, "models") else {}
 
 
 def write(directory: Path, models: dict[str, Any]) -> list[Path]:

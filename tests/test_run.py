@@ -1,5 +1,6 @@
 """The command: what it writes, what it refuses, and the numbers that its experiments promise."""
 
+import importlib
 import json
 import math
 import os
@@ -8,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -69,6 +72,38 @@ def test_a_run_leaves_its_config_versions_logs_pictures_and_report(finished: Pat
     page = (finished / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3
     assert "http" not in page  # opens offline
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    return importlib.import_module("run")
+
+
+def test_pictures_that_a_device_has_no_room_for_do_not_end_a_run(
+    runner: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gan = importlib.import_module("experiments.gan")
+
+    def full(*parts: Any) -> Any:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 30064771072 bytes.")
+
+    monkeypatch.setattr(gan, "each_epoch", full)
+    monkeypatch.setattr(gan, "results", lambda *parts: {})
+    monkeypatch.setattr(gan, "pictures", lambda *parts: {})
+    assert runner.main(["gan", "--steps", "2", "--run-dir", str(tmp_path / "run")]) == 0
+    assert "no pictures of epoch 1: a device has no room for them" in capsys.readouterr().err
+    assert strict((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"
+
+
+def test_models_for_files_are_built_on_the_host(runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    digits = importlib.import_module("experiments.digits")
+    state = digits.build(digits.Config()).init()
+    other = jax.devices()[3]
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [other] if backend == "cpu" else [])
+    (model,) = runner.networks(digits, digits.Config(), jax.tree.map(np.asarray, state)).values()
+    assert {device for variable in model.variables for device in variable.value.devices()} == {other}
 
 
 def test_a_finished_run_is_not_run_again(finished: Path) -> None:

@@ -70,11 +70,20 @@ def distributions(directory: Path) -> Counter[tuple[int, str]]:
     )
 
 
+@pytest.mark.parametrize("several", [False, True], ids=["one process", "several"])
 def test_the_curves_are_the_logs_and_the_histograms_the_weights_of_their_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    several: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained, entries, sums = learner(), [], {}
-    histograms = tensorboard.histograms
+    histograms, put = tensorboard.histograms, jax.device_put
+    if several:  # what is gathered from all of them has no room on one device
+
+        def refusing(leaf: Any, *args: Any, **options: Any) -> Any:
+            assert options.get("may_alias") is None
+            return put(leaf, *args, **options)
+
+        monkeypatch.setattr(tensorboard, "whole", lambda tree: jax.tree.map(np.asarray, tree))
+        monkeypatch.setattr(jax, "device_put", refusing)
 
     def late(*args: Any) -> None:
         time.sleep(0.1)  # long enough for training to have donated the state
