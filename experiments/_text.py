@@ -1,6 +1,6 @@
 """Text that every machine has, Python's own standard library, and the writing of more of it: what language models here share.
 
-Whole files are held out, and which ones their paths decide, so that they are the same for every model, seed and version.
+Whole files are held out. Their paths alone decide which: they are the same for every model and seed.
 """
 
 import functools

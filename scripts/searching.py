@@ -50,21 +50,13 @@ def search(subject: "Subject", options: "Options", arguments: list[str], directo
     began, console, path = time.monotonic(), Console(highlight=False), directory / "search.json"
     trials, results = candidates(subject, options)
 
-    def best() -> float:
-        return max((each["examples_per_second"] for each in results if each.get("fits")), default=0.0)
-
     with Live(ranking(results), console=console, auto_refresh=False) if console.is_terminal else contextlib.nullcontext() as live:
         for bound, trial in trials:
             left = options.minutes * 60 - (time.monotonic() - began)
-            smaller = [each for each in results if each.get("refused") and each["mesh"] == trial.told["mesh"]]
-            if bound <= best():
-                result = {"skipped": f"at most {bound:,.0f} examples/s"}
-            elif any(each["batch"] <= trial.batch and (each.get("remat") or not trial.remat) for each in smaller):
-                result = {"skipped": "less did not fit"}
-            elif left <= 0:
-                result = {"skipped": "no time left"}
-            else:
-                result = tried(subject, options, arguments, trial, left)
+            why = needless(trial, bound, results)
+            if why is None and left <= 0:
+                why = "no time left"
+            result = tried(subject, options, arguments, trial, left) if why is None else {"skipped": why}
             results.append({**trial.told, **result})
             record.write_json(path, {"topology": options.topology, "experiment": subject.name, "tried": ranked(results)})
             if live is not None:
@@ -73,9 +65,35 @@ def search(subject: "Subject", options: "Options", arguments: list[str], directo
                 print(json.dumps(results[-1]), flush=True)
     if live is None:
         console.print(ranking(results))
-    if not best():
+    if not best(results):
         raise Refused(f"--search: nothing fits of what was tried; {path} says why: try larger chips, or more.")
     console.print(f"{path}", soft_wrap=True)
+
+
+def needless(trial: Trial, bound: float, results: list[dict[str, Any]]) -> str | None:
+    """Why a way that gives no more than `bound` examples a second need not be compiled after what was found; None if it has to.
+
+    >>> found = [{"mesh": "data=2", "batch": 8, "remat": False, "fits": True, "examples_per_second": 100.0}]
+    >>> needless(Trial({"data": 2}, 8, True), 200.0, found), needless(Trial({"data": 2}, 16, False), 90.0, found)
+    ('fits without remat', 'at most 90 examples/s')
+    """
+    if bound <= best(results):
+        return f"at most {bound:,.0f} examples/s"
+    alike = [each for each in results if each["mesh"] == trial.told["mesh"]]
+    if any(each["batch"] <= trial.batch and (each.get("remat") or not trial.remat) for each in alike if each.get("refused")):
+        return "less did not fit"
+    if trial.remat and any(each["batch"] == trial.batch and not each["remat"] for each in alike if each.get("fits")):
+        return "fits without remat"
+    return None
+
+
+def best(results: list[dict[str, Any]]) -> float:
+    """The most examples a second among what fits.
+
+    >>> best([{"fits": False}])
+    0.0
+    """
+    return max((each["examples_per_second"] for each in results if each.get("fits")), default=0.0)
 
 
 def candidates(subject: "Subject", options: "Options") -> tuple[list[tuple[float, Trial]], list[dict[str, Any]]]:
@@ -118,8 +136,8 @@ def candidates(subject: "Subject", options: "Options") -> tuple[list[tuple[float
             elif state > chip.memory:
                 left_out.append({**trial.told, "skipped": f"the state alone takes {state / chips.GIB:.2f} GiB a chip"})
             else:
-                least = max(needed * trial.batch / (count * chip.flops), state / chip.bandwidth)
-                trials.append((trial.batch / least, trial))
+                # In this form equal to the last bit where computing is the bound, whatever the batch.
+                trials.append((min(count * chip.flops / needed, trial.batch * chip.bandwidth / state), trial))
     trials.sort(key=lambda each: (-each[0], each[1].axes.get("tensor", 1), -each[1].axes.get("fsdp", 1), each[1].remat is True))
     return trials, left_out
 

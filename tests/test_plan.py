@@ -550,14 +550,21 @@ def test_the_largest_batch_is_found(
 def test_a_search_leaves_out_what_can_not_be_faster_or_fit(
     compiler: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
 ) -> None:
-    """All but one way do not fit, and that one is as fast as the chips are: what remains is not compiled."""
+    """All ways but two do not fit, of which one is as fast as the chips are: what remains is not compiled."""
     script, asked = scripted(monkeypatch), []
 
     def tried(subject: Any, options: Any, arguments: Any, trial: Any, left: float) -> dict[str, Any]:
         asked.append(trial)
-        fits = trial.axes == {"data": 8} and trial.batch == 32 and trial.remat
-        found = {"fits": fits, "gib": 1.0, "limit": 2.0, "compile_seconds": 0.0, "refused": trial.axes != {"fsdp": 8}}
-        fast = {"examples_per_second": 1e15, "step": 1.0, "utilisation": 1.0, "bound_by": "compute"}
+        slow = trial.axes == {"data": 2, "fsdp": 4}
+        fits = slow or (trial.axes == {"data": 8} and trial.batch == 32 and trial.remat)
+        found = {
+            "fits": fits,
+            "gib": 1.0,
+            "limit": 2.0,
+            "compile_seconds": 0.0,
+            "refused": not fits and trial.axes != {"fsdp": 8},
+        }
+        fast = {"examples_per_second": 1.0 if slow else 1e15, "step": 1.0, "utilisation": 1.0, "bound_by": "compute"}
         return {**found, **fast} if found["fits"] else found
 
     monkeypatch.setattr(importlib.import_module("searching"), "tried", tried)
@@ -567,9 +574,11 @@ def test_a_search_leaves_out_what_can_not_be_faster_or_fit(
     reasons = [each.get("skipped", "") for each in found]
     assert any(reason.startswith("at most ") for reason in reasons)
     assert "less did not fit" in reasons
-    sizes = {(trial.batch, trial.remat) for trial in asked if trial.axes != {"fsdp": 8}}
-    assert sizes == {(32, False), (32, True)}  # with more there is less room
+    others = [trial for trial in asked if trial.axes not in ({"fsdp": 8}, {"data": 2, "fsdp": 4})]
+    assert {(trial.batch, trial.remat) for trial in others} == {(32, False), (32, True)}  # with more there is less room
     assert {trial.batch for trial in asked if trial.axes == {"fsdp": 8}} == {32, 64, 128}  # there might be
+    assert {trial.remat for trial in asked if trial.axes == {"data": 2, "fsdp": 4}} == {False}
+    assert "fits without remat" in reasons
     assert len(asked) + sum(map(bool, reasons)) == len(found) == len(importlib.import_module("searching").grids(8)) * 3 * 2
     assert "a step at best, by mesh" in capsys.readouterr().out
 

@@ -1,5 +1,6 @@
 """The command: what it writes, what it refuses, and the numbers that its experiments promise."""
 
+import doctest
 import importlib
 import json
 import math
@@ -78,6 +79,13 @@ def test_a_run_leaves_its_config_versions_logs_pictures_and_report(finished: Pat
 def runner(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(ROOT / "scripts")
     return importlib.import_module("run")
+
+
+def test_examples_in_the_scripts_are_true(runner: Any) -> None:
+    names = [path.stem for path in (ROOT / "scripts").glob("*.py") if "\n    >>> " in path.read_text() and path.stem != "bench"]
+    found = {name: doctest.testmod(importlib.import_module(name)) for name in names}
+    assert {name: each.failed for name, each in found.items()} == dict.fromkeys(names, 0)
+    assert min(each.attempted for each in found.values()) > 0
 
 
 def test_pictures_that_a_device_has_no_room_for_do_not_end_a_run(
