@@ -21,6 +21,8 @@ from research import record
 if TYPE_CHECKING:
     from plan import Options, Subject
 
+    from research.chips import Chip
+
 PLAN = Path(__file__).parent / "plan.py"
 LARGEST = 1 << 20  # examples a part of the mesh: nobody asks for more
 TENSOR = (1, 2, 4, 8, 16)  # beyond, chips wait for each other in every layer
@@ -136,10 +138,24 @@ def candidates(subject: "Subject", options: "Options") -> tuple[list[tuple[float
             elif state > chip.memory:
                 left_out.append({**trial.told, "skipped": f"the state alone takes {state / chips.GIB:.2f} GiB a chip"})
             else:
-                # In this form equal to the last bit where computing is the bound, whatever the batch.
-                trials.append((min(count * chip.flops / needed, trial.batch * chip.bandwidth / state), trial))
+                trials.append((ceiling(chip, count, needed, state, trial.batch), trial))
     trials.sort(key=lambda each: (-each[0], each[1].axes.get("tensor", 1), -each[1].axes.get("fsdp", 1), each[1].remat is True))
     return trials, left_out
+
+
+def ceiling(chip: "Chip", count: int, needed: float, state: int, batch: int) -> float:
+    """The examples a second that so many chips can't exceed.
+
+    Each example takes `needed` FLOPs, each step reads the `state`, its bytes on a chip, once. Where computing is the bound it is
+    the same number to the last bit whatever the batch, so that what is equal stays in order.
+
+    >>> from research.chips import slice_of
+    >>> v5e, count = slice_of("v5e:2x4")
+    >>> ceiling(v5e, count, 1e12, 10**6, 64), ceiling(v5e, count, 0, 819 * 10**6, 64)
+    (1576.0, 64000.0)
+    """
+    by_memory = batch * chip.bandwidth / state
+    return min(count * chip.flops / needed, by_memory) if needed else by_memory
 
 
 def grids(count: int) -> list[dict[str, int]]:
