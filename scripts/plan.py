@@ -265,7 +265,7 @@ def table(found: dict[str, Any]) -> Any:
     memory = {part: size * (1 << 30) for part, size in found["hbm_gib"].items()}
     rest = memory["total"] - memory["arguments"] - memory["temporaries"]
     parts = f"{binary(memory['arguments'])} of arguments, {binary(memory['temporaries'])} of temporaries"
-    parts += f", {binary(rest)} of code and results" if rest >= 1 << 20 else ""
+    parts += f", {binary(rest)} of code and results" if rest >= 0.01 * memory["total"] else ""
     verdict = "fits" if found["fits"] else f"does not fit: {binary(memory['total'] - memory['limit'])} too much"
     shown.add_row("memory", f"{binary(memory['total'])} of {binary(memory['limit'])} a chip: {verdict}\n{parts}")
     for each in found["largest"][:5]:
