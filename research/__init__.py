@@ -17,22 +17,46 @@ if "keras" in sys.modules and sys.modules["keras"].backend.backend() != "jax":
     )
 os.environ["KERAS_BACKEND"] = "jax"
 
+# As a command (`research`, `python -m research`) the process exits with 75 on SIGTERM during the slow imports below too, and with
+# one line if Keras can't be imported because of its settings.
+if os.path.basename("".join(sys.argv[:1])) == "research" or (
+    sys.argv[:1] == ["-m"] and sys.orig_argv[sys.orig_argv.index("-m") :][1:2] == ["research"]
+):
+    from research.cli.signals import exit_on_signal
+
+    exit_on_signal()
+    try:
+        import keras
+    except Exception as error:
+        sys.exit(
+            f"error: Keras can't be imported ({type(error).__name__}: {' '.join(str(error).split())}); its settings are in "
+            f"{os.environ.get('KERAS_HOME') or os.path.expanduser('~/.keras')}/keras.json: correct it, or remove it."
+        )
+
 import keras
 
-from research import fit as _fit
-from research import loop as _loop
-from research.data import Batches, arrays
-from research.fit import fit, predict_on_batch, test_on_batch, train_on_batch
-from research.loop import Entry, train
-from research.measures import Measures
-from research.objective import Aux, Objective, keras_objective
-from research.sources import indexed, iterated, picked
-from research.state import Batch, Refused, State, abstract, born, parameters, write_back
-from research.step import Gradient, Learner, Step, examples, from_keras, gradient, step, supervised
-from research.transforms import accumulate
-from research.update import Gradients, Update, keras_update, optax_update, set_learning_rate
+from research.core.learner import Learner, from_objective, supervised
+from research.core.metrics import Metrics
+from research.core.objective import Aux, Objective, keras_objective
+from research.core.state import Batch, InvalidArgument, State, count_parameters
+from research.core.step import Gradient, Step, gradient, num_examples, step
+from research.core.update import Gradients, Update, keras_update, optax_update, set_learning_rate
+from research.data.batches import Batches, from_arrays
+from research.data.sources import from_batches, from_examples, from_iterable
+from research.debugging.contract import check_learner
+from research.keras_fit import fit as _fit
+from research.keras_fit.fit import fit, predict_on_batch, test_on_batch, train_on_batch
+from research.keras_fit.from_keras import from_keras
+from research.keras_fit.write_back import part, write_back
+from research.training import loop as _loop
+from research.training.loop import LogEntry, train
+from research.training.warm_start import RestoreReport, restore
+from research.transforms.accumulate import accumulate
+from research.transforms.from_loss import learner
+from research.transforms.init import init_abstract, init_sharded
+from research.transforms.joint import joint
 
-# One name for both: of a learner and its data, and of a Keras model with the arguments of its own methods.
+# Dispatched on the first argument: a learner with its data, or a Keras model with the arguments of its own methods.
 evaluate = functools.singledispatch(_loop.evaluate)
 evaluate.register(keras.Model, _fit.evaluate)
 predict = functools.singledispatch(_loop.predict)
@@ -42,34 +66,41 @@ __all__ = [
     "Aux",
     "Batch",
     "Batches",
-    "Entry",
     "Gradient",
     "Gradients",
+    "InvalidArgument",
     "Learner",
-    "Measures",
+    "LogEntry",
+    "Metrics",
     "Objective",
-    "Refused",
+    "RestoreReport",
     "State",
     "Step",
     "Update",
-    "abstract",
     "accumulate",
-    "arrays",
-    "born",
+    "check_learner",
+    "count_parameters",
     "evaluate",
-    "examples",
     "fit",
+    "from_arrays",
+    "from_batches",
+    "from_examples",
+    "from_iterable",
     "from_keras",
+    "from_objective",
     "gradient",
-    "indexed",
-    "iterated",
+    "init_abstract",
+    "init_sharded",
+    "joint",
     "keras_objective",
     "keras_update",
+    "learner",
+    "num_examples",
     "optax_update",
-    "parameters",
-    "picked",
+    "part",
     "predict",
     "predict_on_batch",
+    "restore",
     "set_learning_rate",
     "step",
     "supervised",

@@ -1,7 +1,9 @@
-"""Keras' losses and metrics, however they are named, resolved once and then used as pure functions."""
+"""Keras' losses and metrics, in every form that `model.compile` accepts, as pure functions."""
 
 import difflib
-from collections.abc import Callable, Iterator
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,267 +11,389 @@ import jax.numpy as jnp
 import keras
 from jaxtyping import Array, Float, PyTree
 
-from research.state import Batch, Refused, current, in_order, layer_metrics, mapped, unique, values
+from research.core.names import unique_names, without_automatic_numbers
+from research.core.state import (
+    Batch,
+    InvalidArgument,
+    SharedScope,
+    copy_values,
+    current_values,
+    layer_metrics,
+    ordered_values,
+    scope_mapping,
+    type_name,
+)
+from research.errors import user_frame
 
-NICKNAMES = ["accuracy", "acc", "crossentropy", "ce", "mse", "mae", "mape", "msle", "bce", "kld"]
+ALIASES = ["accuracy", "acc", "crossentropy", "ce", "mse", "mae", "mape", "msle", "bce", "kld"]
 
 Logs = dict[str, Array]
-Held = dict[str, list[Array]]  # State.metrics
+MetricState = dict[str, list[Array]]  # State.metrics
+Variables = Mapping[str, list[keras.Variable]]  # unique metric name -> the metric's variables
 
 
-class Measures(NamedTuple):
+class Metrics(NamedTuple):
     """Pure functions on `State.metrics`.
 
-    `init` gives the first, `reset` empties them, `track` adds the mean loss of so many rows to the running loss, `result` reads
-    them all as logs.
+    `init` returns the initial metric state and `reset` an empty one. `track_loss` adds the mean loss of a number of rows to the
+    running loss. `result` reads all metrics as logs. `variables` are the Keras variables behind them, by unique metric name.
+
+    >>> metrics = running_metrics({"loss": keras.metrics.Mean()})
+    >>> float(metrics.result(metrics.track_loss(metrics.init(), jnp.asarray(2.0), 4))["loss"])
+    2.0
     """
 
-    init: Callable[[], Held]
-    reset: Callable[[Held], Held]
-    track: Callable[[Held, Float[Array, ""], Any], Held]
-    result: Callable[[Held], Logs]
+    init: Callable[[], MetricState]
+    reset: Callable[[MetricState], MetricState]
+    track_loss: Callable[[MetricState, Float[Array, ""], Any], MetricState]
+    result: Callable[[MetricState], Logs]
+    variables: Variables
 
 
-class Compiled(NamedTuple):
-    """Losses and metrics as Keras resolved them: what an objective needs to compute them inside a `keras.StatelessScope`.
+class CompiledMetrics(NamedTuple):
+    """Losses and metrics as `model.compile` takes them, and the variables that a state holds for them.
 
-    `head` is an empty compiled model; `variables` are those of every metric by its unique name: the loss tracker, `metrics`,
-    `weighted_metrics`, a loss per output where there are several, and those inside layers. `given` is what was compiled.
+    `variables` are those of every metric by unique name, in this order: the loss tracker, `metrics`, `weighted_metrics`, one loss
+    per output if there are several, metrics of layers. `layer_metrics` are the latter by the names they are logged under,
+    `arguments` what was compiled. `model` is an empty compiled `keras.Model` with the variables. `resolve(targets, outputs)`
+    returns such a model with the losses and metrics that Keras chooses for the shapes of a batch, and its own variables, in the
+    order of `variables`; `resolve(targets, outputs, group)` one with "metrics" or "weighted_metrics" alone, weighted.
     """
 
-    head: keras.Model
-    inside: dict[str, keras.Metric]
+    model: keras.Model
     variables: dict[str, list[keras.Variable]]
-    given: dict[str, Any]
+    layer_metrics: dict[str, keras.Metric]
+    arguments: dict[str, Any]
+    resolve: Callable[..., tuple[keras.Model, list[keras.Variable]]]
 
 
-def compiled(
-    model: keras.Model,
-    *,
-    loss: Any,
-    metrics: Any,
-    weighted_metrics: Any,
-    loss_weights: Any,
-    example: Batch | None,
-) -> Compiled:
-    """Resolves what `model.compile` would take against the model's outputs and the targets' shapes.
+def compile_metrics(model: keras.Model, example: Batch | None = None, **arguments: Any) -> CompiledMetrics:
+    """Returns losses and metrics, resolved as far as their variables need it: without `example.y` the targets are unknown.
 
-    Raises `Refused` for what Keras can't resolve.
+    What "accuracy" or "crossentropy" stands for depends on the targets' shapes, its variables do not. Raises `InvalidArgument`
+    for what Keras cannot resolve or what does not fit the example, and for a metric whose variables depend on unknown targets.
 
     >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
-    >>> found = compiled(model, loss="mse", metrics=["accuracy"], weighted_metrics=None, loss_weights=None, example=None)
-    >>> list(found.variables)
-    ['loss', 'accuracy']
+    >>> compiled = compile_metrics(model, loss="mse", metrics=["accuracy"])
+    >>> list(compiled.variables), type(compiled.resolve(jnp.zeros(2, int), jnp.zeros((2, 3)))[0].metrics[1].metrics[0]).__name__
+    (['loss', 'accuracy'], 'SparseCategoricalAccuracy')
     """
-    if example is None and not getattr(model, "inputs", None):  # only a model with an Input knows its own
-        raise Refused(
-            f"model {model.name!r} does not tell the shape of its inputs: pass example=Batch(x, y) with a batch of your data."
+    if example is None and not getattr(model, "inputs", None):  # only a model with an Input knows its output shapes
+        raise InvalidArgument(
+            f"model {model.name!r} does not declare the shapes of its inputs: pass example=Batch(x, y) with a batch of your data."
         )
     outputs = output_shapes(model, None if example is None else example.x)
-    y = targets(outputs, loss) if example is None or example.y is None else shapes(example.y)
-    weight = None if example is None else shapes(example.sample_weight)
-    given = {"loss": loss, "metrics": metrics, "weighted_metrics": weighted_metrics, "loss_weights": loss_weights}
-    head = keras.Model()
-    if getattr(model, "output_names", None):  # only Functional models name their outputs
-        head.output_names = model.output_names
-    names = ["loss"]
-
-    def measure(y: PyTree, outputs: PyTree, weight: PyTree) -> None:
-        if loss is not None:
-            head.compute_loss(None, y, outputs, weight)
-        head.compute_metrics(None, y, outputs, weight)
-        named, of_outputs = _parts(head)
-        names.extend(named.result() if named is not None else [])
-        names.extend(metric.name for metric in of_outputs)
-
+    if not jax.tree.leaves(outputs) and any(arguments.values()):
+        raise InvalidArgument(f"model {model.name!r} returns {type_name(outputs)}, expected arrays: see its `call`.")
+    known = example is not None and example.y is not None
+    y = as_shapes(example.y) if example is not None and known else outputs
+    loss, requested = arguments.get("loss"), keras.tree.flatten([arguments.get("metrics"), arguments.get("weighted_metrics")])
+    before = {metric: len(metric.variables) for metric in requested if isinstance(metric, keras.Metric)}
     try:
-        head.compile(optimizer=None, **given)
-        with keras.StatelessScope():  # variables made in it get their values when it closes, outside the trace
-            jax.eval_shape(measure, y, outputs, weight)
-    except (ValueError, TypeError, KeyError) as error:
-        raise _unresolved(error, given) from error
-    named, of_outputs = _parts(head)
-    found = [head.metrics[0], *(named.metrics if named is not None else []), *of_outputs]
-    inside = layer_metrics(model)
-    names = unique([*names, *(metric.name for metric in inside)])
-    return Compiled(
-        head,
-        dict(zip(names[len(found) :], inside, strict=True)),
-        {name: list(metric.variables) for name, metric in zip(names, [*found, *inside], strict=True)},
-        given,
+        losses = loss if known else keras.tree.map_structure(_placeholder, loss)
+        compiled = _empty_model(model, {**arguments, "loss": losses})
+        if loss is not None:
+            _trace(compiled.compute_loss, y, outputs)
+    except Exception as error:
+        raise _unresolved(error, arguments) from error
+    try:
+        _trace(compiled.compute_metrics, y, outputs)
+    except Exception as error:  # a metric may reject targets like the outputs, in any way
+        user_metrics = _split_metrics(compiled)[0].metrics
+        if known or not user_metrics:
+            raise _unresolved(error, arguments) from error
+        for metric in user_metrics:
+            if not metric.variables:
+                raise _other_targets(metric.name, "whose shapes are unknown") from error
+    in_layers, own = layer_metrics(model), _metrics_of(compiled)
+    logged = [*_logged_names(compiled), *(metric.name for metric in in_layers)]
+    names = without_automatic_numbers(logged, [metric.name for metric in [*own, *in_layers]])
+    variables = {name: list(metric.variables) for name, metric in zip(names, [*own, *in_layers], strict=True)}
+    late = next((metric.name for metric, count in before.items() if len(metric.variables) != count), None)
+    return CompiledMetrics(
+        compiled,
+        variables,
+        dict(zip(unique_names(logged)[len(own) :], in_layers, strict=True)),
+        arguments,
+        _resolver(compiled, arguments, late, y),
     )
 
 
-def measures(of: Compiled) -> Measures:
-    """The pure functions on the metrics of a `Compiled`.
+def _resolver(
+    compiled: keras.Model, arguments: dict[str, Any], late: str | None, y: PyTree
+) -> Callable[..., tuple[keras.Model, list[keras.Variable]]]:
+    """Returns `CompiledMetrics.resolve`. `late` is a metric, if any, that made its variables for the targets `y`."""
+    made: dict[Any, tuple[keras.Model, list[keras.Variable]]] = {}
+
+    def variables(metrics: list[keras.Metric]) -> list[keras.Variable]:
+        return [variable for metric in metrics for variable in metric.variables]
+
+    def make(group: str | None, y_now: PyTree, outputs: PyTree) -> tuple[keras.Model, list[keras.Variable]]:
+        resolved = _empty_model(compiled, arguments if group is None else {"weighted_metrics": arguments[group]})
+        if group is None and _split_metrics(compiled)[1]:
+            _trace(resolved.compute_loss, y_now, outputs)
+        _trace(resolved.compute_metrics, y_now, outputs)
+        if group is not None:
+            return resolved, variables(_metrics_of(resolved)[1:])
+        then, now = ([leaf.shape[1:] for leaf in jax.tree.leaves(shapes)] for shapes in (y, y_now))
+        expected, found = ([(v.shape, v.dtype) for v in variables(_metrics_of(each))] for each in (compiled, resolved))
+        if found != expected or (late is not None and then != now):
+            problem = f"and were made for the shapes {then} (without the batch axis), but a batch has {now}"
+            raise _other_targets(late or "a metric", problem)
+        return resolved, variables(_metrics_of(resolved))
+
+    def resolve(y: PyTree, outputs: PyTree, group: str | None = None) -> tuple[keras.Model, list[keras.Variable]]:
+        shapes = as_shapes((y, outputs))
+        key = (group, jax.tree.structure(shapes), *jax.tree.leaves(shapes))
+        if key not in made:
+            made[key] = make(group, *shapes)
+        return made[key]
+
+    return resolve
+
+
+def pure_metrics(compiled: CompiledMetrics) -> Metrics:
+    """Returns the pure functions on the metrics of a `CompiledMetrics`.
 
     >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
-    >>> found = measures(compiled(model, loss="mse", metrics=None, weighted_metrics=None, loss_weights=None, example=None))
-    >>> held = found.track(found.init(), jnp.asarray(3.0), 4)
-    >>> float(found.result(held)["loss"]), float(found.result(found.reset(held))["loss"])
+    >>> metrics = pure_metrics(compile_metrics(model, loss="mse"))
+    >>> state = metrics.track_loss(metrics.init(), jnp.asarray(3.0), 4)
+    >>> float(metrics.result(state)["loss"]), float(metrics.result(metrics.reset(state))["loss"])
     (3.0, 0.0)
     """
-    flat = flat_variables(of)
+    in_layers = compiled.layer_metrics
 
-    def reset(held: Held) -> Held:
-        before = in_order(held, of.variables)
-        with keras.StatelessScope(mapped([(flat, before)])) as scope:
-            for metric in [*of.head.metrics, *of.inside.values()]:
+    def result() -> dict[str, Any]:
+        return {**compiled.model.get_metrics_result(), **{name: metric.result() for name, metric in in_layers.items()}}
+
+    tracker = compiled.model.metrics[0]
+    return _pure_functions(compiled.variables, [*compiled.model.metrics, *in_layers.values()], tracker, result)
+
+
+def running_metrics(metrics: Mapping[str, keras.Metric]) -> Metrics:
+    """Returns the pure functions on Keras metric objects by name; the one called `loss` tracks the loss.
+
+    >>> metrics = running_metrics({"loss": keras.metrics.Mean(), "accuracy": keras.metrics.Accuracy()})
+    >>> sorted(metrics.result(metrics.init()))
+    ['accuracy', 'loss']
+    """
+
+    def result() -> dict[str, Any]:
+        return {name: metric.result() for name, metric in metrics.items()}
+
+    names = without_automatic_numbers(metrics, metrics)
+    variables = {name: list(metric.variables) for name, metric in zip(names, metrics.values(), strict=True)}
+    return _pure_functions(variables, list(metrics.values()), metrics["loss"], result)
+
+
+def _pure_functions(
+    variables: Variables, metrics: Iterable[keras.Metric], tracker: keras.Metric, read: Callable[[], dict[str, Any]]
+) -> Metrics:
+    flat = metric_variables(variables)
+
+    def reset(state: MetricState) -> MetricState:
+        before = ordered_values(state, variables)
+        with keras.StatelessScope(scope_mapping([(flat, before)])) as scope:
+            for metric in metrics:
                 metric.reset_state()
-            return pack(of, current(scope, flat, before))
+            return pack_metrics(variables, current_values(scope, flat, before))
 
-    def track(held: Held, loss: Float[Array, ""], count: Any) -> Held:
-        moved = of.head.metrics[0].stateless_update_state(held["loss"], loss, sample_weight=count)
-        return {**held, "loss": [jnp.asarray(v) for v in moved]}
+    def track_loss(state: MetricState, loss: Float[Array, ""], rows: Any) -> MetricState:
+        after = tracker.stateless_update_state(state["loss"], loss, sample_weight=rows)
+        return {**state, "loss": [jnp.asarray(value) for value in after]}
 
-    def result(held: Held) -> Logs:
-        with keras.StatelessScope(mapped([(flat, in_order(held, of.variables))])):
-            logs = {**of.head.get_metrics_result(), **{name: m.result() for name, m in of.inside.items()}}
-        return {name: jnp.asarray(value) for name, value in logs.items()}
+    def result(state: MetricState) -> Logs:
+        with keras.StatelessScope(scope_mapping([(flat, ordered_values(state, variables))])):
+            return flat_logs(read())
 
-    return Measures(lambda: pack(of, values(flat)), reset, track, result)
+    return Metrics(lambda: pack_metrics(variables, copy_values(flat)), reset, track_loss, result, variables)
 
 
-def without_padding(of: Compiled) -> Callable[[Held, Held, Batch, PyTree], Held]:
-    """How metrics move over a batch with padding: (before the batch, after its loss, batch, outputs) -> after the batch.
+def skip_padding(compiled: CompiledMetrics) -> Callable[[MetricState, MetricState, Batch, PyTree], MetricState]:
+    """Returns how metrics change over a batch with padding: (before the batch, after its loss, batch, outputs) -> after it.
 
-    `metrics` get `valid` as a weight, `weighted_metrics` its product with the sample weights, the losses of single outputs
-    count valid rows. Keras' `metrics` take no weights, so both kinds are compiled once more as weighted ones over the same state.
+    `metrics` are weighted by `valid`, `weighted_metrics` by its product with the sample weights; the losses of single outputs
+    count valid rows. Keras' `metrics` take no weights, so both groups are compiled once more as weighted ones on the same state.
 
     >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
-    >>> of = compiled(model, loss="mse", metrics=["mae"], weighted_metrics=None, loss_weights=None, example=None)
-    >>> held, valid = measures(of).init(), jnp.array([True, False])
-    >>> held = without_padding(of)(held, held, Batch(jnp.ones((2, 2)), jnp.ones((2, 1)), None, valid), jnp.ones((2, 1)) * 3)
-    >>> [float(v) for v in held["mae"]]
+    >>> compiled = compile_metrics(model, loss="mse", metrics=["mae"])
+    >>> state, valid = pure_metrics(compiled).init(), jnp.array([True, False])
+    >>> batch, outputs = Batch(jnp.ones((2, 2)), jnp.ones((2, 1)), None, valid), jnp.ones((2, 1)) * 3
+    >>> [float(v) for v in skip_padding(compiled)(state, state, batch, outputs)["mae"]]
     [2.0, 1.0]
     """
-    heads: dict[str, keras.Model] = {}
 
-    def head(kind: str, batch: Batch, outputs: PyTree) -> keras.Model:
-        if kind not in heads:
-            heads[kind] = keras.Model()
-            heads[kind].output_names = getattr(of.head, "output_names", None)
-            heads[kind].compile(optimizer=None, weighted_metrics=of.given[kind])
-            with keras.StatelessScope():
-                jax.eval_shape(heads[kind].compute_metrics, None, shapes(batch.y), shapes(outputs), shapes(batch.valid))
-        return heads[kind]
-
-    def move(before: Held, after: Held, batch: Batch, outputs: PyTree) -> Held:
+    def update(before: MetricState, after: MetricState, batch: Batch, outputs: PyTree) -> MetricState:
         assert batch.valid is not None
         valid = jnp.asarray(batch.valid, jnp.float32)
-        of_outputs = jax.tree.map(lambda o: _spread(valid, o.shape[: max(o.ndim - 1, 1)]), outputs)
-        weights = {"metrics": of_outputs, "weighted_metrics": of_outputs}
+        per_output = jax.tree.map(lambda o: _broadcast_rows(valid, o.shape[: max(o.ndim - 1, 1)]), outputs)
+        weights = {"metrics": per_output, "weighted_metrics": per_output}
         if batch.sample_weight is not None:
-            weights["weighted_metrics"] = jax.tree.map(lambda w: w * _spread(valid, w.shape), batch.sample_weight)
-        names = iter(list(of.variables)[1:])
-        for kind in ("metrics", "weighted_metrics"):
-            if not of.given[kind]:
+            weights["weighted_metrics"] = jax.tree.map(lambda w: w * _broadcast_rows(valid, w.shape), batch.sample_weight)
+        names = iter(list(compiled.variables)[1:])
+        for group in ("metrics", "weighted_metrics"):
+            if not compiled.arguments.get(group):
                 continue
-            model = head(kind, batch, outputs)
-            mine = [next(names) for _ in model.metrics[1].metrics]
-            held = in_order(before, mine)
-            with keras.StatelessScope(mapped([(model.metrics[1].variables, held)])) as scope:
-                model.compute_metrics(batch.x, batch.y, outputs, weights[kind])
-                arrays = iter(current(scope, model.metrics[1].variables, held))
-            after = {**after, **{name: [next(arrays) for _ in before[name]] for name in mine}}
-        share = jnp.mean(valid)
-        for name in names:  # losses of single outputs: Keras counted padding as rows
-            if name not in of.inside:
-                after = {**after, name: [b + (a - b) * share for b, a in zip(before[name], after[name], strict=True)]}
+            model, variables = compiled.resolve(batch.y, outputs, group)
+            group_names = [next(names) for _ in model.metrics[1].metrics]
+            values = ordered_values(before, group_names)
+            with keras.StatelessScope(scope_mapping([(variables, values)])) as scope:
+                model.compute_metrics(batch.x, batch.y, outputs, weights[group])
+                arrays = iter(current_values(scope, variables, values))
+            after = {**after, **{name: [next(arrays) for _ in before[name]] for name in group_names}}
+        fraction = jnp.mean(valid)
+        for name in itertools.islice(names, len(_split_metrics(compiled.model)[1])):  # Keras counted padding as rows
+            pairs = zip(before[name], after[name], strict=True)
+            after = {**after, name: [old + (new - old) * fraction for old, new in pairs]}
         return after
 
-    return move
+    return update
 
 
-def flat_variables(of: Compiled) -> list[keras.Variable]:
-    """All variables of all metrics, in the order of `Compiled.variables`.
+def metric_variables(variables: Variables) -> list[keras.Variable]:
+    """Returns all variables of all metrics in one list, in the mapping's order.
 
     >>> first, second = keras.Variable(1.0), keras.Variable(2.0)
-    >>> [float(v.value) for v in flat_variables(Compiled(keras.Model(), {}, {"b": [first], "a": [second]}, {}))]
+    >>> [float(v.value) for v in metric_variables({"b": [first], "a": [second]})]
     [1.0, 2.0]
     """
-    return [variable for held in of.variables.values() for variable in held]
+    return [variable for group in variables.values() for variable in group]
 
 
-def pack(of: Compiled, arrays: list[Array]) -> Held:
-    """Arrays in the order of `flat_variables` as `State.metrics`.
+def pack_metrics(variables: Variables, arrays: list[Array]) -> MetricState:
+    """Returns arrays in the order of `metric_variables` as `State.metrics`.
 
-    >>> of = Compiled(keras.Model(), {}, {"b": [keras.Variable(0)], "a": [keras.Variable(0)]}, {})
-    >>> pack(of, [jnp.array(1), jnp.array(2)])
+    >>> pack_metrics({"b": [keras.Variable(0)], "a": [keras.Variable(0)]}, [jnp.array(1), jnp.array(2)])
     {'b': [Array(1, dtype=int32, weak_type=True)], 'a': [Array(2, dtype=int32, weak_type=True)]}
     """
     remaining: Iterator[Array] = iter(arrays)
-    return {name: [next(remaining) for _ in held] for name, held in of.variables.items()}
+    return {name: [next(remaining) for _ in group] for name, group in variables.items()}
 
 
-def targets(outputs: PyTree, loss: Any) -> PyTree:
-    """The shapes that targets have if nobody says otherwise: the outputs', less the last axis under a sparse loss.
+def flat_logs(results: Mapping[str, Any]) -> Logs:
+    """Returns the results of metrics as Keras logs them: the entries of a dict under their own names, a list as a vector.
 
-    >>> outputs = jax.ShapeDtypeStruct((2, 10), "float32")
-    >>> targets(outputs, "sparse_categorical_crossentropy"), targets(outputs, "mse")
-    (ShapeDtypeStruct(shape=(2,), dtype=int32), ShapeDtypeStruct(shape=(2, 10), dtype=float32))
+    >>> flat_logs({"loss": 1.0, "report": {"precision": 0.5, "recall": [0.25, 0.75]}})["recall"].tolist()
+    [0.25, 0.75]
     """
-    leaves, structure = jax.tree.flatten(outputs)
-    losses = keras.tree.flatten(loss)
-    if len(losses) != len(leaves):
-        losses = [losses[0] if losses else None] * len(leaves)
-    return jax.tree.unflatten(structure, [_target(o, each) for o, each in zip(leaves, losses, strict=True)])
+    logs: Logs = {}
+    for name, value in sorted(results.items()):
+        logs.update(flat_logs(value) if isinstance(value, dict) else {name: jnp.asarray(value)})
+    return logs
 
 
-def shapes(tree: PyTree) -> PyTree:
-    """Arrays as `jax.ShapeDtypeStruct`s, in the dtypes that JAX gives them.
+def as_shapes(tree: PyTree) -> PyTree:
+    """Returns arrays as `jax.ShapeDtypeStruct`s, with the dtypes that JAX gives them.
 
-    >>> shapes({"x": jnp.ones((2, 3)), "y": None})
+    >>> as_shapes({"x": jnp.ones((2, 3)), "y": None})
     {'x': ShapeDtypeStruct(shape=(2, 3), dtype=float32), 'y': None}
     """
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jax.dtypes.canonicalize_dtype(a.dtype)), tree)
 
 
 def output_shapes(model: keras.Model, x: PyTree | None = None) -> PyTree:
-    """The shapes of a model's outputs on inputs `x`, or on two examples of what its `keras.Input`s declare.
+    """Returns the shapes of a model's outputs for inputs `x`, or those that it declares, with 2 for every axis of any size.
 
     >>> output_shapes(keras.Sequential([keras.Input((2,)), keras.layers.Dense(10)]))
     ShapeDtypeStruct(shape=(2, 10), dtype=float32)
     """
     if x is None:
-        declared = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
-        x = keras.tree.map_structure(
-            lambda t: jax.ShapeDtypeStruct(tuple(2 if d is None else d for d in t.shape), t.dtype), declared
+        declared = model.outputs[0] if isinstance(model, keras.Sequential) else model.output
+        return keras.tree.map_structure(
+            lambda t: jax.ShapeDtypeStruct([2 if d is None else d for d in t.shape], t.dtype), declared
         )
 
     def call(arrays: list[Array], x: PyTree) -> PyTree:
-        with keras.StatelessScope(mapped([(model.variables, arrays)])):
-            return model(x, training=False)
+        with keras.StatelessScope(scope_mapping([(model.variables, arrays)])):
+            outputs = model(x, training=False)
+        if any(not hasattr(leaf, "shape") for leaf in jax.tree.leaves(outputs)):
+            raise InvalidArgument(f"model {model.name!r} returns {type_name(outputs)}, expected arrays: see its `call`.")
+        return outputs
 
-    return jax.eval_shape(call, [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in model.variables], shapes(x))
+    return jax.eval_shape(call, [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in model.variables], as_shapes(x))
 
 
-def _parts(head: keras.Model) -> tuple[Any, list[keras.Metric]]:
-    """A head's metrics behind its loss tracker: Keras' one compiled metric (or None), and a loss for each of several outputs."""
-    rest = head.metrics[1:]
+def _split_metrics(compiled: keras.Model) -> tuple[Any, list[keras.Metric]]:
+    """Returns a compiled model's metrics after its loss tracker: Keras' one compiled metric or None, and a loss per output."""
+    rest = compiled.metrics[1:]
     split = int(any(hasattr(metric, "metrics") for metric in rest[:1]))
     return (rest[0] if split else None), rest[split:]
 
 
-def _target(output: jax.ShapeDtypeStruct, loss: Any) -> jax.ShapeDtypeStruct:
-    name = loss if isinstance(loss, str) else getattr(loss, "name", None) or getattr(loss, "__name__", "")
-    if "sparse" in str(name).lower():
-        return jax.ShapeDtypeStruct(output.shape[:-1], jnp.int32)
-    return output
+def _placeholder(loss: Any) -> Any:
+    """Returns a loss with the name of another that accepts targets like the outputs. Raises `ValueError` for an unknown one."""
+    if loss is None:
+        return None
+    known = loss if str(loss).lower() in ("crossentropy", "ce") else keras.losses.get(loss)
+
+    @functools.wraps(known)  # copies the name, of a function or of a `keras.losses.Loss`
+    def accept(y_true: Array, y_pred: Array) -> Array:
+        return keras.ops.zeros(y_pred.shape[:1])
+
+    if isinstance(loss, str) and not isinstance(known, keras.losses.Loss):
+        accept.__dict__["name"] = loss  # Keras names such a loss as the user does
+    return accept
 
 
-def _spread(valid: Array, shape: tuple[int, ...]) -> Array:
-    """A number for each row, repeated over the row's positions."""
+def _empty_model(model: keras.Model, arguments: dict[str, Any]) -> keras.Model:
+    """Returns a compiled model without layers, which calls its outputs as `model` does."""
+    empty = keras.Model()
+    if getattr(model, "output_names", None):  # only functional models name their outputs
+        empty.output_names = model.output_names
+    empty.compile(optimizer=None, **arguments)
+    return empty
+
+
+def _trace(compute: Callable[..., Any], y: PyTree, outputs: PyTree) -> None:
+    """Lets Keras resolve losses or metrics, which it does when it computes them first."""
+
+    def run(y: PyTree, outputs: PyTree) -> None:
+        compute(None, y, outputs)  # a result may be a `keras.Variable`, which no trace returns
+
+    with SharedScope():  # variables created in it get their values when it closes, outside the trace
+        jax.eval_shape(run, y, outputs)
+
+
+def _metrics_of(compiled: keras.Model) -> list[keras.Metric]:
+    user_metrics, output_losses = _split_metrics(compiled)
+    return [compiled.metrics[0], *(user_metrics.metrics if user_metrics is not None else []), *output_losses]
+
+
+def _logged_names(compiled: keras.Model) -> list[str]:
+    """Returns the names that Keras logs a compiled model's own metrics under."""
+    user_metrics, output_losses = _split_metrics(compiled)
+    names: list[str] = []
+    if user_metrics is not None:
+        with SharedScope():
+            jax.eval_shape(lambda: names.extend(user_metrics.result()))
+        if len(names) != len(user_metrics.metrics):  # two of the same name
+            names = [metric.name for metric in user_metrics.metrics]
+    return ["loss", *names, *(metric.name for metric in output_losses)]
+
+
+def _other_targets(metric: str, problem: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"metrics: the variables of {metric!r} depend on the targets, {problem}: pass example=Batch(x, y) with a batch of your "
+        "data, or data.shapes."
+    )
+
+
+def _broadcast_rows(valid: Array, shape: tuple[int, ...]) -> Array:
+    """Returns one number per row, repeated over the row's other axes."""
     return jnp.broadcast_to(valid.reshape(-1, *[1] * (len(shape) - 1)), shape)
 
 
-def _unresolved(error: Exception, given: dict[str, Any]) -> Refused:
-    """Keras' message on one line, with the nearest known name where one was misspelt."""
-    for kind, module in (("metrics", keras.metrics), ("weighted_metrics", keras.metrics), ("loss", keras.losses)):
-        known = [name for name in dir(module) if not name.startswith("_")] + NICKNAMES
-        for name in keras.tree.flatten(given[kind]):
+def _unresolved(error: Exception, arguments: dict[str, Any]) -> InvalidArgument:
+    """Returns Keras' message on one line, with the nearest known name if one was misspelt."""
+    for group, module in (("metrics", keras.metrics), ("weighted_metrics", keras.metrics), ("loss", keras.losses)):
+        known = [name for name in dir(module) if not name.startswith("_")] + ALIASES
+        for name in keras.tree.flatten(arguments.get(group)):
             if isinstance(name, str) and name not in known and name in str(error):
                 near = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"see {module.__name__} for the names there are."
-                return Refused(f"{kind}: Keras knows no {name!r}; {hint}")
-    return Refused("losses and metrics do not fit the model's outputs: " + " ".join(str(error).split()))
+                hint = f"did you mean {near[0]!r}?" if near else f"see {module.__name__} for the names that exist."
+                return InvalidArgument(f"{group}: Keras knows no {name!r}; {hint}")
+    message = " ".join(str(error).split())
+    frame = user_frame(error)
+    if frame is not None:
+        return InvalidArgument(f"{frame[0]}:{frame[1]}: {type(error).__name__}: {message} (losses and metrics of the example)")
+    return InvalidArgument(f"losses and metrics do not fit the model's outputs: {message}")

@@ -1,4 +1,4 @@
-"""What is minimised: a Keras model, its losses and its metrics as one pure function of state and batch."""
+"""What training minimises: a Keras model, its losses and its metrics as one pure function of state and batch."""
 
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -8,14 +8,27 @@ import keras
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from research.measures import Measures, compiled, flat_variables, measures, pack, shapes, without_padding
-from research.state import Batch, Refused, State, current, in_order, mapped, rows
+from research.core.metrics import Metrics, as_shapes, compile_metrics, metric_variables, pack_metrics, pure_metrics, skip_padding
+from research.core.state import (
+    Batch,
+    InvalidArgument,
+    SharedScope,
+    State,
+    check_type,
+    current_values,
+    num_rows,
+    ordered_values,
+    scope_mapping,
+)
 
 
 class Aux(NamedTuple):
-    """What a forward pass leaves behind. Keras' masks hang on `outputs` only inside the trace that made them.
+    """Everything but the loss that a forward pass computes. Keras' masks are attached to `outputs` only inside their trace.
 
     `weight` is the denominator of the mean that the loss is: rows, unmasked positions, or the sum of sample weights.
+
+    >>> Aux(None, [], {}, jnp.asarray(32.0)).weight.item()
+    32.0
     """
 
     outputs: PyTree
@@ -26,11 +39,14 @@ class Aux(NamedTuple):
 
 @runtime_checkable
 class Objective(Protocol):
-    """A loss to minimise. Moves every metric on but the loss tracker, which moves once per update (`Measures.track`)."""
+    """A loss to minimise. It updates every metric except the loss tracker, which counts updates (`Metrics.track_loss`).
+
+    >>> isinstance(lambda state, batch, *, training: (jnp.zeros(()), None), Objective)
+    True
+    """
 
     def __call__(self, state: State, batch: Any, *, training: bool) -> tuple[Float[Array, ""], Aux]:
-        """The loss of a batch and what computing it left behind."""
-        ...
+        """Returns the loss of a batch, and what else the forward pass computed."""
 
 
 def keras_objective(
@@ -41,113 +57,114 @@ def keras_objective(
     weighted_metrics: Any = None,
     loss_weights: Any = None,
     example: Batch | None = None,
-) -> tuple[Objective, Measures]:
-    """The objective of a Keras model with whatever losses and metrics `model.compile` takes, and what measures it.
+) -> tuple[Objective, Metrics]:
+    """Returns the objective of a Keras model with the losses and metrics that `model.compile` takes, and its metrics.
 
     The loss is Keras' own: compiled losses times `loss_weights`, plus the sum of regularizers and `add_loss`. `example` (a batch
-    of arrays or of `jax.ShapeDtypeStruct`s) builds a model that has no shapes yet, and tells the targets' shapes where they
-    are neither those of the outputs nor, under a sparse loss, those of the outputs without the last axis. Masks reach losses and
-    metrics. `Batch.valid` masks losses and weights every compiled metric; one that a layer updates sees padding. Raises
-    `Refused` for a model without trainable weights and for losses or metrics that Keras can't resolve.
+    of arrays or `jax.ShapeDtypeStruct`s) is needed for a model without declared shapes, or a metric whose variables depend on
+    targets; if given, losses and metrics are checked with it. What "accuracy" stands for is decided by the shapes of each batch,
+    as in Keras. Masks reach losses and metrics. `Batch.valid` masks losses and weights every compiled metric; a metric
+    that a layer updates counts padding too. Raises `InvalidArgument` for a model without trainable weights and for losses or
+    metrics that Keras cannot resolve.
 
     >>> import research
     >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, kernel_initializer="ones")])
-    >>> objective, measures = keras_objective(model, loss="mse", metrics=["mae"])
-    >>> state = State([v.value for v in model.trainable_variables], [], [], measures.init())
+    >>> objective, metrics = keras_objective(model, loss="mse", metrics=["mae"])
+    >>> state = State([v.value for v in model.trainable_variables], [], [], metrics.init())
     >>> loss, aux = objective(state, Batch(jnp.ones((4, 2)), jnp.zeros((4, 1))), training=True)
-    >>> float(loss), float(aux.weight), float(measures.result(aux.metrics)["mae"])
+    >>> float(loss), float(aux.weight), float(metrics.result(aux.metrics)["mae"])
     (4.0, 4.0, 2.0)
     """
-    built(model, example)
-    of = compiled(
-        model,
-        loss=loss,
-        metrics=metrics,
-        weighted_metrics=weighted_metrics,
-        loss_weights=loss_weights,
-        example=example,
-    )
-    variables = flat_variables(of)
-    metrics_without_padding = without_padding(of)
+    ensure_built(model, example)
+    arguments = {"loss": loss, "metrics": metrics, "weighted_metrics": weighted_metrics, "loss_weights": loss_weights}
+    compiled = compile_metrics(model, example, **arguments)
+    without_padding = skip_padding(compiled)
+    in_layers = list(compiled.variables)[len(compiled.variables) - len(compiled.layer_metrics) :]
+    layer_variables = metric_variables({name: compiled.variables[name] for name in in_layers})
 
     def objective(state: State, batch: Batch, *, training: bool) -> tuple[Float[Array, ""], Aux]:
-        before = in_order(state.metrics, of.variables)
-        mapping = mapped(
-            [
-                (model.trainable_variables, state.trainable),
-                (model.non_trainable_variables, state.non_trainable),
-                (variables, before),
-            ]
-        )
+        before = ordered_values(state.metrics, compiled.variables)
+        groups = [(model.trainable_variables, state.trainable), (model.non_trainable_variables, state.non_trainable)]
+        mapping = scope_mapping([*groups, (layer_variables, ordered_values(state.metrics, in_layers))])
         # Not `model.stateless_call`: it runs `call` alone, without what `__call__` adds (autocast, casts, masks, the activity
         # regularizer, a default for `training`), and maps no metric that a layer updates.
-        with keras.StatelessScope(mapping, collect_losses=True) as scope:
+        with SharedScope(mapping, collect_losses=True) as scope:
             outputs = _mask_padding(model(batch.x, training=training), batch.valid)
-            terms = [] if loss is None else [of.head.compute_loss(batch.x, batch.y, outputs, batch.sample_weight)]
-            total = _sum([*terms, *map(_scalar, model.losses)])
+            resolved, tracked = compiled.resolve(batch.y, outputs)
+            for variable, value in zip(tracked, before, strict=False):  # what follows belongs to layers, which have used it
+                variable.assign(value)
+            terms = [] if loss is None else [resolved.compute_loss(batch.x, batch.y, outputs, batch.sample_weight)]
+            terms += map(_scalar, model.losses)
+            if not terms:
+                raise InvalidArgument(f"model {model.name!r} has nothing to minimise: pass loss=, or call add_loss in a layer.")
+            total = keras.ops.sum(terms) if len(terms) > 1 else terms[0]
             weight = _denominator(loss, outputs, batch)
             if batch.valid is None:
-                of.head.compute_metrics(batch.x, batch.y, outputs, batch.sample_weight)
-            after = pack(of, current(scope, variables, before))
-            non_trainable = current(scope, model.non_trainable_variables, state.non_trainable)
+                resolved.compute_metrics(batch.x, batch.y, outputs, batch.sample_weight)
+            after = pack_metrics(compiled.variables, current_values(scope, [*tracked, *layer_variables], before))
+            non_trainable = current_values(scope, model.non_trainable_variables, state.non_trainable)
+        own = {id(variable) for variable in [*(variable for variable, _ in mapping), *tracked]}
+        lost = next((variable.path for key, variable in scope.written.items() if key not in own), None)
+        if lost is not None:
+            raise InvalidArgument(
+                f"model {model.name!r}: a layer or loss assigns to {lost!r}, which the model does not track: the value is lost; "
+                "make it an attribute of one of its layers, or use research.learner and list it in models."
+            )
         if batch.valid is not None:
-            after = metrics_without_padding(state.metrics, after, batch, outputs)
+            after = without_padding(state.metrics, after, batch, outputs)
         return total, Aux(outputs, non_trainable, after, weight)
 
-    return objective, measures(of)
+    return objective, pure_metrics(compiled)
 
 
 def forward(model: keras.Model, state: State, x: PyTree) -> PyTree:
-    """A Keras model's outputs in inference mode, from a state's weights.
+    """Returns a Keras model's outputs in inference mode, with the weights of a state.
 
     >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     >>> float(forward(model, State([jnp.ones((2, 1)), jnp.ones(1)], [], [], {}), jnp.ones((1, 2)))[0, 0])
     3.0
     """
-    weights = [
-        (model.trainable_variables, state.trainable),
-        (model.non_trainable_variables, state.non_trainable),
-    ]
-    with keras.StatelessScope(mapped(weights)):
+    weights = [(model.trainable_variables, state.trainable), (model.non_trainable_variables, state.non_trainable)]
+    with keras.StatelessScope(scope_mapping(weights)):
         return model(x, training=False)
 
 
-def built(model: keras.Model, example: Batch | None) -> None:
-    """Gives a model its weights where an example can; raises `Refused` for one without any, or without any to train.
+def ensure_built(model: keras.Model, example: Batch | None) -> None:
+    """Builds a model from an example. Raises `InvalidArgument` if it is no model, has no weights, or none to train.
 
     >>> model = keras.Sequential([keras.layers.Dense(1)])
-    >>> built(model, Batch(jnp.ones((1, 2))))
+    >>> ensure_built(model, Batch(jnp.ones((1, 2))))
     >>> model.count_params()
     3
     """
+    check_type(model, keras.Layer, "the model", "a keras.Model")
+    check_type(example, (Batch, type(None)), "example", "a batch of your data, as arrays or shapes: research.Batch(x, y)")
+
+    def build(x: PyTree) -> None:
+        model(x, training=False)  # what it returns is checked later, if it is used
+
     if not model.built and example is not None:
-        with keras.StatelessScope():  # variables made in it get their values when it closes, outside the trace
-            jax.eval_shape(lambda x: model(x, training=False), shapes(example.x))
+        with keras.StatelessScope():  # variables created in it get their values when it closes, outside the trace
+            jax.eval_shape(build, as_shapes(example.x))
     if not model.built:
-        raise Refused(
+        raise InvalidArgument(
             f"model {model.name!r} has no weights yet: start it with keras.Input(shape), or pass example=Batch(x, y) "
             "with a batch of your data."
         )
     if not model.trainable_variables:
-        raise Refused(
+        raise InvalidArgument(
             f"model {model.name!r} has no trainable weights, so there is nothing to train: "
             "set trainable=True on the layers to train, or add layers that have weights."
         )
 
 
 def _scalar(term: Array) -> Array:
-    """A regularizer's or `add_loss`' value as `keras.Model.compute_loss` takes it."""
+    """Returns a regularizer's or `add_loss` value as `keras.Model.compute_loss` treats it."""
     return keras.ops.sum(term if jnp.issubdtype(term.dtype, jnp.floating) else keras.ops.cast(term, keras.config.floatx()))
 
 
-def _sum(terms: list[Array]) -> Float[Array, ""]:
-    if len(terms) == 1:
-        return terms[0]
-    return keras.ops.sum(terms) if terms else keras.ops.zeros(())
-
-
 class _Masking(keras.Layer):
-    """The same tensor, its mask less the rows that are padding: the one public way to read and to set Keras' masks."""
+    """Returns its input with padded rows masked out: the one public way to read and to set Keras' masks."""
 
     valid: Array | np.ndarray | None = None
     previous: Array | None = None
@@ -172,19 +189,24 @@ def _mask_padding(outputs: PyTree, valid: Array | np.ndarray | None) -> PyTree:
     return outputs if valid is None else jax.tree.map(masked, outputs)
 
 
-def _mask(output: Array) -> Array | None:
+def mask_of(output: Array) -> Array | None:
+    """Returns the Keras mask that a layer attached to its output, if any.
+
+    >>> mask_of(keras.layers.Masking()(jnp.array([[[1.0], [0.0]]]))).tolist()
+    [[True, False]]
+    """
     layer = _Masking()
     layer(output)
     return layer.previous
 
 
 def _denominator(loss: Any, outputs: PyTree, batch: Batch) -> Float[Array, ""]:
-    """What the loss' mean is over. Several losses have no one denominator: rows stand for all of them."""
+    """Returns the denominator of the loss, a mean. Several losses have no common denominator: then it is the number of rows."""
     losses = [each for each in keras.tree.flatten(loss) if each is not None]
     leaves = jax.tree.leaves(outputs)
-    count = rows(batch.x) if batch.valid is None else jnp.sum(batch.valid)
+    count = num_rows(batch.x) if batch.valid is None else jnp.sum(batch.valid)
     if len(losses) == 1 and len(leaves) == 1:
-        mask = _mask(leaves[0])
+        mask = mask_of(leaves[0])
         weighted = isinstance(losses[0], keras.Loss) and losses[0].reduction == "mean_with_sample_weight"
         if weighted and batch.sample_weight is not None:
             weight = jax.tree.leaves(batch.sample_weight)[0]

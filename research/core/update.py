@@ -1,5 +1,6 @@
-"""Optimizers of Keras and of optax as one small tuple of pure functions."""
+"""Keras and optax optimizers as one tuple of pure functions."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,11 +10,15 @@ import keras
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from research.state import Refused, State, mapped, values
+from research.core.state import InvalidArgument, State, copy_leaves, copy_values, scope_mapping
 
 
 class Gradients(NamedTuple):
-    """The gradient of a mean loss with respect to `State.trainable`, that loss, and the weight that the mean stands for."""
+    """The gradient of a mean loss with respect to `State.trainable`, the loss, and the denominator of the mean (`weight`).
+
+    >>> Gradients([jnp.ones(2)], jnp.zeros(()), jnp.ones(())).values
+    [Array([1., 1.], dtype=float32)]
+    """
 
     values: PyTree
     loss: Float[Array, ""]
@@ -21,23 +26,27 @@ class Gradients(NamedTuple):
 
 
 class Update(NamedTuple):
-    """How gradients change a state.
+    """An optimizer as pure functions on a `State`.
 
-    `init` gives the optimizer's part of a new state, `apply` moves `trainable` and `optimizer`. Counts and rates are read with
-    `iterations` (updates done) and `learning_rate` (of the next update; None where the optimizer has none to read), never by
-    index.
+    `init(trainable)` returns `State.optimizer`. `apply(state, gradients, evaluate)` updates `trainable` and `optimizer`;
+    `evaluate(trainable)` returns the `Gradients` of the same batch at other weights, for an optimizer that asks for them, and may
+    be left out otherwise. `iterations` reads the number of updates so far, `learning_rate` the rate of the next update (None if
+    the optimizer has none to read). Read them with these functions, never by index.
+
+    >>> optax_update(optax.sgd(0.5)).init([jnp.ones(1)])["iterations"].item()
+    0
     """
 
     init: Callable[[PyTree], PyTree]
-    apply: Callable[[State, Gradients], State]
+    apply: Callable[..., State]
     iterations: Callable[[State], Int[Array, ""]]
     learning_rate: Callable[[State], Float[Array, ""] | None]
 
 
 def keras_update(optimizer: keras.Optimizer, variables: Sequence[keras.Variable]) -> Update:
-    """A Keras optimizer over a model's trainable variables: its `stateless_apply`, bit for bit.
+    """Returns a Keras optimizer over a model's trainable variables: its `stateless_apply`, bit for bit.
 
-    Builds the optimizer where it is not built yet. Raises `Refused` where it was built for other variables.
+    Builds the optimizer if it is not built yet. Raises `InvalidArgument` if it was built for other variables.
 
     >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="ones")])
     >>> update = keras_update(keras.optimizers.SGD(0.5), model.trainable_variables)
@@ -53,7 +62,7 @@ def keras_update(optimizer: keras.Optimizer, variables: Sequence[keras.Variable]
         optimizer.build(variables)
     scale = loss_scale(optimizer)
 
-    def apply(state: State, gradients: Gradients) -> State:
+    def apply(state: State, gradients: Gradients, evaluate: Callable[[PyTree], Gradients] | None = None) -> State:
         grads = gradients.values
         if scale is not None:  # Keras' optimizer divides by the scale itself
             factor = scale(state)
@@ -61,19 +70,21 @@ def keras_update(optimizer: keras.Optimizer, variables: Sequence[keras.Variable]
         try:
             trainable, slots = optimizer.stateless_apply(state.optimizer, grads, state.trainable)
         except ValueError as error:
+            if type(error) is not ValueError:  # JAX' own errors are subclasses
+                raise
             raise _built_for_others(optimizer, variables) from error
         return state._replace(trainable=list(trainable), optimizer=[jnp.asarray(s) for s in slots])
 
     def iterations(state: State) -> Int[Array, ""]:
-        with keras.StatelessScope(mapped([(optimizer.variables, state.optimizer)])):
+        with keras.StatelessScope(scope_mapping([(optimizer.variables, state.optimizer)])):
             return jnp.asarray(optimizer.iterations)
 
     def learning_rate(state: State) -> Float[Array, ""]:
-        with keras.StatelessScope(mapped([(optimizer.variables, state.optimizer)])):
+        with keras.StatelessScope(scope_mapping([(optimizer.variables, state.optimizer)])):
             return jnp.asarray(optimizer.learning_rate, jnp.float32)
 
     return Update(
-        init=lambda trainable: values(optimizer.variables),
+        init=lambda trainable: copy_values(optimizer.variables),
         apply=apply,
         iterations=iterations,
         learning_rate=learning_rate,
@@ -81,12 +92,13 @@ def keras_update(optimizer: keras.Optimizer, variables: Sequence[keras.Variable]
 
 
 def optax_update(transformation: optax.GradientTransformation, variables: Sequence[keras.Variable] = ()) -> Update:
-    """An optax transformation as an `Update`, with a count of its own: not every transformation keeps one.
+    """Returns an optax transformation as an `Update` that counts updates itself: not every transformation does.
 
-    `variables`, where given, are the Keras variables behind `State.trainable`: their constraints hold after each update, as
-    with Keras' own optimizers. A transformation that asks for the loss (`optax.contrib.reduce_on_plateau`) gets it as `value`.
-    The learning rate can be read (and set) where it is a hyper-parameter
-    (`optax.inject_hyperparams`).
+    `variables` are the Keras variables behind `State.trainable`; if given, their constraints are applied after each update, as
+    Keras' own optimizers do. A transformation gets those of optax' extra arguments that it takes: `value` (the loss) and `grad`;
+    `value_fn`, `obj_fn` (the loss as a function of the weights) and `grad_fn` (its gradient), where `apply` is given `evaluate`.
+    `optax.lbfgs`, line searches, `optax.contrib.sam` and `sophia` need them. The learning rate can be read and set if it is a
+    hyper-parameter (`optax.inject_hyperparams`).
 
     >>> update = optax_update(optax.sgd(0.5))
     >>> state = State([jnp.ones(1)], [], update.init([jnp.ones(1)]), {})
@@ -98,11 +110,12 @@ def optax_update(transformation: optax.GradientTransformation, variables: Sequen
     transformation = optax.with_extra_args_support(transformation)
 
     def init(trainable: PyTree) -> PyTree:
-        return {"iterations": jnp.zeros((), jnp.int32), "transform": transformation.init(trainable)}
+        transform = copy_leaves(transformation.init(trainable))  # may hold the weights themselves, or one array twice
+        return {"iterations": jnp.zeros((), jnp.int32), "transform": transform}
 
-    def apply(state: State, gradients: Gradients) -> State:
-        before = state.optimizer["transform"]
-        updates, transform = transformation.update(gradients.values, before, state.trainable, value=gradients.loss)
+    def apply(state: State, gradients: Gradients, evaluate: Callable[[PyTree], Gradients] | None = None) -> State:
+        before, arguments = state.optimizer["transform"], _objective_arguments(gradients, evaluate)
+        updates, transform = _transform(transformation, gradients.values, before, state.trainable, arguments)
         trainable = optax.apply_updates(state.trainable, updates)
         if any(constraints):
             trainable = [w if c is None else c(w) for c, w in zip(constraints, trainable, strict=True)]
@@ -116,8 +129,41 @@ def optax_update(transformation: optax.GradientTransformation, variables: Sequen
     return Update(init, apply, lambda state: state.optimizer["iterations"], learning_rate)
 
 
+def _objective_arguments(gradients: Gradients, evaluate: Callable[[PyTree], Gradients] | None) -> dict[str, Any]:
+    """Returns the arguments that optax' transformations may ask for, by optax' names."""
+    arguments: dict[str, Any] = {"value": gradients.loss, "grad": gradients.values}
+    if evaluate is None:
+        return arguments
+
+    @jax.custom_jvp
+    def loss(trainable: PyTree) -> Array:
+        return evaluate(trainable).loss
+
+    @loss.defjvp
+    def differentiate(primals: Any, tangents: Any) -> tuple[Array, Array]:  # by the gradient at hand, not through its computation
+        here = evaluate(*primals)
+        return here.loss, optax.tree.vdot(here.values, *tangents).astype(here.loss.dtype)
+
+    def value_fn(trainable: PyTree, *, obj_fn: Any = None, grad_fn: Any = None) -> Array:  # a line search hands all of these on
+        return loss(trainable)
+
+    return {**arguments, "value_fn": value_fn, "obj_fn": loss, "grad_fn": lambda trainable, _: evaluate(trainable).values}
+
+
+def _transform(transformation: Any, grads: PyTree, slots: PyTree, trainable: PyTree, arguments: dict[str, Any]) -> Any:
+    """Calls `transformation.update` without those arguments that it, or one inside it, does not take."""
+    try:
+        return transformation.update(grads, slots, trainable, **arguments)
+    except TypeError as error:
+        unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unexpected is None or unexpected[1] not in arguments:
+            raise
+        fewer = {name: value for name, value in arguments.items() if name != unexpected[1]}
+    return _transform(transformation, grads, slots, trainable, fewer)
+
+
 def loss_scale(optimizer: keras.Optimizer) -> Callable[[State], Float[Array, ""]] | None:
-    """The factor that a Keras optimizer wants the loss multiplied by, read from the threaded state; None where there is none.
+    """Returns a function from a state to the factor that a Keras optimizer scales the loss by; None if it does not scale.
 
     >>> loss_scale(keras.optimizers.SGD()) is None
     True
@@ -130,17 +176,17 @@ def loss_scale(optimizer: keras.Optimizer) -> Callable[[State], Float[Array, ""]
         return None
 
     def scale(state: State) -> Float[Array, ""]:
-        with keras.StatelessScope(mapped([(optimizer.variables, state.optimizer)])):
+        with keras.StatelessScope(scope_mapping([(optimizer.variables, state.optimizer)])):
             return jnp.asarray(optimizer.scale_loss(jnp.ones(())))
 
     return scale
 
 
 def set_learning_rate(state: State, value: Any, optimizer: keras.Optimizer | None = None) -> State:
-    """The same state with another learning rate from the next update on.
+    """Returns the state with another learning rate, in effect from the next update on.
 
-    Assigning to `optimizer.learning_rate` does not reach a threaded state, so it is written here: into the variable of a Keras
-    `optimizer`, or into optax's hyper-parameter where `optimizer` is None. Raises `Refused` where a schedule decides.
+    Assigning to `optimizer.learning_rate` does not change a state. This writes the variable of a Keras `optimizer`, or optax'
+    hyper-parameter if `optimizer` is None. Raises `InvalidArgument` if a schedule sets the rate.
 
     >>> update = optax_update(optax.inject_hyperparams(optax.sgd)(learning_rate=0.5))
     >>> state = State([jnp.ones(1)], [], update.init([jnp.ones(1)]), {})
@@ -151,7 +197,7 @@ def set_learning_rate(state: State, value: Any, optimizer: keras.Optimizer | Non
     if optimizer is None:
         slots = state.optimizer
         if optax.tree.get(slots, "learning_rate") is None:
-            raise Refused(
+            raise InvalidArgument(
                 "set_learning_rate: this optax transformation has no learning rate in its state: "
                 "wrap it with optax.inject_hyperparams(...)(learning_rate=...)."
             )
@@ -159,22 +205,22 @@ def set_learning_rate(state: State, value: Any, optimizer: keras.Optimizer | Non
     rate = optimizer.learning_rate
     positions = [i for i, variable in enumerate(optimizer.variables) if variable is rate]
     if not positions:
-        raise Refused(f"set_learning_rate: {optimizer.name!r} follows a schedule, its rate can't be set: {advice}.")
+        raise InvalidArgument(f"set_learning_rate: {optimizer.name!r} follows a schedule, so its rate cannot be set: {advice}.")
     slots = list(state.optimizer)
     slots[positions[0]] = jnp.asarray(value, slots[positions[0]].dtype)
     return state._replace(optimizer=slots)
 
 
-def _built_for_others(optimizer: keras.Optimizer, variables: Sequence[keras.Variable]) -> Refused:
-    """Slots go by position: an optimizer that was built for other variables would silently swap them."""
-    return Refused(
+def _built_for_others(optimizer: keras.Optimizer, variables: Sequence[keras.Variable]) -> InvalidArgument:
+    """Returns an error: slots are matched by position, so an optimizer built for other variables would swap them silently."""
+    return InvalidArgument(
         f"optimizer {optimizer.name!r}: it was built for other variables than the model's {len(variables)} trainable ones "
         "(were layers frozen, unfrozen or added since?): build the model first, then make a new optimizer."
     )
 
 
 def _check_known(optimizer: keras.Optimizer, variables: Sequence[keras.Variable]) -> None:
-    """Asks the optimizer to update these very variables, for the shapes alone: it knows which ones it was built for."""
+    """Raises `InvalidArgument` unless the optimizer accepts these variables: it knows which ones it was built for."""
     inner = optimizer.inner_optimizer if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) else optimizer
 
     def probe(grads: list[Array]) -> None:

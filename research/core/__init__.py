@@ -1,0 +1,1 @@
+"""The pure heart: state, metrics, objective, update, step, learner."""
