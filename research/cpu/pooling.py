@@ -1,7 +1,8 @@
-"""Max-pooling on the CPU: the same bits several times as fast.
+"""Max-pooling on the CPU, with the same bits in a fraction of the time.
 
-XLA's CPU compiler walks the windows of a pooling one by one, and once more on the way back. Where windows lie side by side the
-same is a maximum over two axes, and the gradient goes to the first place in each window that holds it.
+XLA's CPU compiler visits the windows of a pooling one by one, in the forward and in the backward pass. Where windows neither
+overlap nor leave gaps, the forward pass is a maximum over reshaped axes, and the backward pass adds the gradient to the first
+maximum of each window.
 """
 
 import functools
@@ -13,46 +14,61 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from research.cpu.separate import compile_separately
+from research.transforms.jaxpr import own_equations, parameters  # noqa: F401  (`own_equations` for the example in a docstring)
 
-def replacement(equation: Any) -> Callable[[Array], Array] | None:
-    """What computes an equation that is a max-pooling, or the way back of one, of windows that neither overlap nor leave gaps.
 
-    None for any other equation.
+def rule(equation: Any) -> Callable[..., Array] | None:
+    """Returns the replacement for a max-pooling equation, or for the equation of its backward pass.
+
+    The replacement takes the equation's operands and returns its result. None for every other equation, and for windows that
+    overlap, leave gaps, are padded or dilated.
+
+    >>> def pool(x):
+    ...     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (2,), (2,), "VALID")
+    >>> (equation,) = own_equations(jax.make_jaxpr(pool)(jnp.zeros(4)))
+    >>> rule(equation)(jnp.array([1.0, 3.0, 2.0, 0.0])).tolist()
+    [3.0, 2.0]
     """
-    params = equation.params
-    if equation.primitive.name not in _REPLACED or params["window_dimensions"] != params["window_strides"]:
+    params = parameters(equation)
+    if equation.primitive.name not in _REPLACEMENTS or params["window_dimensions"] != params["window_strides"]:
         return None
     dilated = any(n != 1 for n in (*params.get("base_dilation", ()), *params.get("window_dilation", ())))
-    selected = params.get("select_prim")
-    if dilated or any(map(any, params["padding"])) or (selected is not None and selected.name != "ge"):
+    comparison = params.get("select_prim")
+    if dilated or any(map(any, params["padding"])) or (comparison is not None and comparison.name != "ge"):
         return None
-    return functools.partial(_REPLACED[equation.primitive.name], window=params["window_dimensions"])
+    compute = functools.partial(_REPLACEMENTS[equation.primitive.name], window=params["window_dimensions"])
+    return functools.partial(compile_separately, compute)
 
 
-def _windows(x: Array, window: tuple[int, ...]) -> tuple[Array, tuple[int, ...]]:
-    """Every axis as windows and places in them, what is left at the end cut off; and which axes are places."""
-    whole = [n // k for n, k in zip(x.shape, window, strict=True)]
-    cut = jax.lax.slice(x, [0] * x.ndim, [n * k for n, k in zip(whole, window, strict=True)])
-    return cut.reshape([n for pair in zip(whole, window, strict=True) for n in pair]), tuple(range(1, 2 * x.ndim, 2))
+def _split_into_windows(x: Array, window: tuple[int, ...]) -> tuple[Array, tuple[int, ...]]:
+    """Splits each axis into (windows, positions in a window), without the rest at its end; returns the position axes too."""
+    counts = [n // k for n, k in zip(x.shape, window, strict=True)]
+    covered = jax.lax.slice(x, [0] * x.ndim, [n * k for n, k in zip(counts, window, strict=True)])
+    shape = [n for pair in zip(counts, window, strict=True) for n in pair]
+    return covered.reshape(shape), tuple(range(1, 2 * x.ndim, 2))
 
 
-def _maximum(x: Array, window: tuple[int, ...]) -> Array:
-    cut, places = _windows(x, window)
-    return jax.lax.reduce_max(cut, places)
+def _max_pool(x: Array, window: tuple[int, ...]) -> Array:
+    windows, positions = _split_into_windows(x, window)
+    return jax.lax.reduce_max(windows, positions)
 
 
-def _back(gradient: Array, x: Array, window: tuple[int, ...]) -> Array:
-    """The gradient at the first place in each window that holds its maximum, zero elsewhere."""
-    cut, places = _windows(x, window)
-    largest = jax.lax.reduce_max(cut, places)
+def _max_pool_gradient(gradient: Array, x: Array, window: tuple[int, ...]) -> Array:
+    """Returns the gradient at the first maximum of each window, and zero elsewhere."""
+    windows, positions = _split_into_windows(x, window)
+    maximum = jax.lax.reduce_max(windows, positions)
     size = math.prod(window)
-    first_is_most = jnp.arange(size, 0, -1, dtype=jnp.int8 if size < 128 else jnp.int32)
-    rank = first_is_most.reshape([k for n in window for k in (1, n)])
-    score = jnp.where(cut == jnp.expand_dims(largest, places), rank, jnp.zeros((), rank.dtype))
-    held = score == jnp.expand_dims(jax.lax.reduce_max(score, places), places)
-    spread = jnp.where(held, jnp.expand_dims(gradient, places), jnp.zeros((), gradient.dtype))
-    whole = spread.reshape([n * k for n, k in zip(gradient.shape, window, strict=True)])
-    return jnp.pad(whole, [(0, n - m) for n, m in zip(x.shape, whole.shape, strict=True)])
+    descending = jnp.arange(size, 0, -1, dtype=jnp.int8 if size < 128 else jnp.int32)  # largest at a window's first position
+    priority = descending.reshape([k for n in window for k in (1, n)])
+    score = jnp.where(windows == jnp.expand_dims(maximum, positions), priority, jnp.zeros((), priority.dtype))
+    is_first = score == jnp.expand_dims(jax.lax.reduce_max(score, positions), positions)
+    scattered = jnp.where(is_first, jnp.expand_dims(gradient, positions), jnp.zeros((), gradient.dtype))
+    covered = scattered.reshape([n * k for n, k in zip(gradient.shape, window, strict=True)])
+    return jnp.pad(covered, [(0, n - m) for n, m in zip(x.shape, covered.shape, strict=True)])
 
 
-_REPLACED: dict[str, Callable[..., Array]] = {"reduce_window_max": _maximum, "select_and_scatter_add": _back}
+_REPLACEMENTS: dict[str, Callable[..., Array]] = {
+    "reduce_window_max": _max_pool,
+    "select_and_scatter_add": _max_pool_gradient,
+}

@@ -1,4 +1,4 @@
-"""What XLA's CPU compiler computes slowly, computed otherwise: the same bits in less time."""
+"""Replaces operations that XLA's CPU compiler runs slowly by equal ones that it runs fast."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,80 +8,100 @@ from typing import Any, TypeVar
 import jax
 import jax.extend
 
-from research import pooling, threefry
-from research.transforms import bound, equations
+from research.cpu import pooling, threefry
+from research.cpu.separate import compile_separately
+from research.transforms.jaxpr import bind_equation, called_program, equations, interpret, is_plain_call
 
 T = TypeVar("T")
-Rule = Callable[[Any], Callable[..., list[Any]] | None]  # what computes an equation's results otherwise; None for one that stays
+Rule = Callable[[Any], Callable[..., list[Any]] | None]  # equation -> (operands -> results), or None to leave it unchanged
 
-_elsewhere = ContextVar("elsewhere", default=False)
+_tracing_for_other_platform = ContextVar("tracing_for_other_platform", default=False)
 
 
 @contextmanager
-def elsewhere() -> Iterator[None]:
-    """Within it programs are traced for other chips than this process has: nothing is rewritten for its CPU.
+def for_other_platform() -> Iterator[None]:
+    """Turns `rewrite` off inside the context: programs traced there are compiled for another platform than this process' CPU.
 
-    >>> with elsewhere():
-    ...     rewritten(lambda x: x + 1, rule=lambda equation: print)(1)
+    >>> with for_other_platform():
+    ...     rewrite(lambda x: x + 1, rule=lambda equation: print)(1)
     2
     """
-    token = _elsewhere.set(True)
+    token = _tracing_for_other_platform.set(True)
     try:
         yield
     finally:
-        _elsewhere.reset(token)
+        _tracing_for_other_platform.reset(token)
 
 
-def same_bits(equation: Any) -> Callable[..., list[Any]] | None:
-    """The rule for pooling and random bits, as `pooling` and `threefry` tell.
+def for_this_cpu() -> bool:
+    """Returns whether what is traced now is compiled for this process' CPU, not for another platform and not run eagerly.
+
+    >>> with for_other_platform():
+    ...     for_this_cpu()
+    False
+    """
+    eager = jax.config.jax_disable_jit  # type: ignore[attr-defined]
+    return not eager and not _tracing_for_other_platform.get() and jax.default_backend() == "cpu"
+
+
+def exact_rules(equation: Any) -> Callable[..., list[Any]] | None:
+    """Returns the replacement for a pooling or random-bits equation, which gives the same bits; None for other equations.
 
     >>> import jax.numpy as jnp
-    >>> found = [same_bits(e) is not None for e in equations(jax.make_jaxpr(jax.random.normal)(jax.random.key(0)).jaxpr)]
-    >>> any(found), all(found)
-    (True, False)
+    >>> program = jax.make_jaxpr(jax.random.normal)(jax.random.key(0))
+    >>> [equation.primitive.name for equation in equations(program) if exact_rules(equation)]
+    ['random_bits']
     """
-    replaced = pooling.replacement(equation) or threefry.replacement(equation)
-    return None if replaced is None else lambda *given: [replaced(*given)]
+    replacement = pooling.rule(equation) or threefry.rule(equation)
+    return None if replacement is None else lambda *operands: [replacement(*operands)]
 
 
-def rewritten(function: Callable[..., T], rule: Rule = same_bits) -> Callable[..., T]:
-    """The same function with what a rule is for computed as it tells, on the CPU alone.
+def separate_gathers(equation: Any) -> Callable[..., list[Any]] | None:
+    """Returns the replacement for an equation that gathers, which is compiled apart from what uses it; None for other equations.
 
-    Derivatives that are taken inside the function, too. Run eagerly (`jax.disable_jit`) it is the function itself. Inside
-    loops, branches and rematerialized parts all stays as it is.
+    >>> import jax.numpy as jnp
+    >>> rewrite(lambda x, rows: x[rows], rule=separate_gathers)(jnp.arange(4.0), jnp.array([3, 1])).tolist()
+    [3.0, 1.0]
+    """
+    if equation.primitive.name != "gather":
+        return None
+    return lambda *operands: [compile_separately(lambda *operands: bind_equation(equation, operands)[0], *operands)]
+
+
+def rewrite(function: Callable[..., T], rule: Rule = exact_rules) -> Callable[..., T]:
+    """Wraps a function so that on the CPU `rule` replaces equations of its program.
+
+    Derivatives taken inside the function are rewritten too. Loop bodies, branches and rematerialized parts stay unchanged. On
+    other platforms, and under `jax.disable_jit`, the function is called as it is.
 
     >>> import jax.numpy as jnp, keras
     >>> pool = keras.layers.MaxPooling1D(2)
     >>> def peaks(x):
     ...     return jax.grad(lambda x: pool(x).sum())(x)
-    >>> rewritten(peaks)(jnp.array([[[1.0], [1.0], [2.0], [3.0], [9.0]]])).ravel().tolist()
+    >>> rewrite(peaks)(jnp.array([[[1.0], [1.0], [2.0], [3.0], [9.0]]])).ravel().tolist()
     [1.0, 0.0, 0.0, 1.0, 0.0]
     """
 
     def call(*args: Any) -> T:
-        if _elsewhere.get() or jax.default_backend() != "cpu" or jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+        if not for_this_cpu():
             return function(*args)
         program, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-        return jax.tree.unflatten(jax.tree.structure(shapes), _run(program.jaxpr, program.consts, jax.tree.leaves(args), rule))
+        results = _evaluate(program, jax.tree.leaves(args), rule)
+        return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
     call.__name__ = getattr(function, "__name__", "call")
     return call
 
 
-def _run(jaxpr: Any, consts: list[Any], args: list[Any], rule: Rule) -> list[Any]:
-    """Runs a program, an equation after the other, with what can be replaced replaced."""
-    values: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+def _evaluate(program: Any, args: list[Any], rule: Rule) -> list[Any]:
+    """Evaluates a program equation by equation, with the replacements of `rule`."""
 
-    def of(atom: Any) -> Any:
-        return atom.val if isinstance(atom, jax.extend.core.Literal) else values[atom]
+    def apply(equation: Any, operands: list[Any]) -> list[Any]:
+        replacement = rule(equation)
+        if replacement is not None:
+            return replacement(*operands)
+        if is_plain_call(equation) and any(map(rule, equations(called_program(equation)))):
+            return _evaluate(called_program(equation), operands, rule)
+        return bind_equation(equation, operands)
 
-    for equation in jaxpr.eqns:
-        given, inner, replaced = [of(atom) for atom in equation.invars], equation.params.get("jaxpr"), rule(equation)
-        if replaced is not None:
-            found = replaced(*given)
-        elif equation.primitive.name == "jit" and any(rule(each) for each in equations(inner.jaxpr)):
-            found = _run(inner.jaxpr, inner.consts, given, rule)
-        else:
-            found = bound(equation, given)
-        values.update(zip(equation.outvars, found, strict=True))
-    return [of(atom) for atom in jaxpr.outvars]
+    return interpret(program, args, apply)

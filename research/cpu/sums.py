@@ -1,7 +1,8 @@
-"""The same sums in another order: equal to rounding, and on the CPU faster. For those who choose it; Keras' bits are the default.
+"""Kernel gradients in another order of summation: faster on the CPU, equal to rounding.
 
-The gradient of a kernel is a sum over examples and places. XLA's CPU compiler first transposes what it is a sum over, computing
-anew, for each such product, all the additions that lead there; or walks it as a convolution with a window as large as the image.
+This is opt-in; the default is Keras' bits. The gradient of a kernel is a sum over examples and positions. XLA's CPU compiler
+transposes the operands of such a product first and repeats, for each product, the additions that lead to them. Or it runs the
+product as a convolution whose window is as large as the image.
 """
 
 import functools
@@ -14,43 +15,46 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from research.kernels import rewritten
+from research.cpu.rewrite import rewrite
+from research.transforms.jaxpr import parameters
 
 T = TypeVar("T")
-PLACES = 32  # of a kernel at most, for whose gradient a matrix product is written
+MAX_POSITIONS = 32  # of a kernel; the gradients of larger kernels stay convolutions
 
 
-def reordered(function: Callable[..., T]) -> Callable[..., T]:
-    """The same function with the gradients of kernels as single matrix products; on the CPU alone.
+def fast_sums(function: Callable[..., T]) -> Callable[..., T]:
+    """Wraps a function so that on the CPU each gradient of a kernel is a single matrix product.
 
-    Take a learner's step through it to choose it: `learner._replace(train=reordered(learner.train))`. It stays as fast, or as
-    slow, in what it has no rule for.
+    The results are equal to rounding. Everything else in the function stays unchanged. To use it in training, wrap the train step
+    of a learner: `learner._replace(train=fast_sums(learner.train))`.
 
     >>> def gradient(kernel, x, y):
     ...     return jax.grad(lambda kernel: jnp.sum(jnp.einsum("btd,dk->btk", x, kernel) * y))(kernel)
     >>> args = jnp.ones((2, 3)), jnp.ones((5, 4, 2)), jnp.ones((5, 4, 3))
-    >>> bool(jnp.allclose(reordered(gradient)(*args), gradient(*args)))
+    >>> bool(jnp.allclose(fast_sums(gradient)(*args), gradient(*args)))
     True
     """
-    return rewritten(function, _replacement)
+    return rewrite(function, _rule)
 
 
-def _replacement(equation: Any) -> Callable[..., list[Array]] | None:
+def _rule(equation: Any) -> Callable[..., list[Array]] | None:
     name = equation.primitive.name
-    if name == "dot_general" and _sums_over_the_first_axes(equation):
-        return functools.partial(_flat_product, equation.params)
-    if name == "conv_general_dilated" and _window_is_most(equation):
-        return functools.partial(_places_product, equation.params)
+    if name == "dot_general" and _contracts_leading_axes(equation):
+        return functools.partial(_matrix_product, parameters(equation))
+    if name == "conv_general_dilated" and _is_kernel_gradient(equation):
+        return functools.partial(_convolution_as_product, parameters(equation))
     return None
 
 
-def _sums_over_the_first_axes(equation: Any) -> bool:
-    (left, right), batch = equation.params["dimension_numbers"]
-    first = tuple(range(len(left)))
-    return len(left) > 1 and not any(batch) and tuple(left) == tuple(right) == first
+def _contracts_leading_axes(equation: Any) -> bool:
+    """Returns whether a product sums over the same two or more leading axes of both operands, without batch axes."""
+    (left, right), batch = parameters(equation)["dimension_numbers"]
+    leading = tuple(range(len(left)))
+    return len(left) > 1 and not any(batch) and tuple(left) == tuple(right) == leading
 
 
-def _flat_product(params: dict[str, Any], x: Array, y: Array) -> list[Array]:
+def _matrix_product(params: dict[str, Any], x: Array, y: Array) -> list[Array]:
+    """Computes a product over leading axes with these axes flattened into one."""
     axes = len(params["dimension_numbers"][0][0])
     length = math.prod(x.shape[:axes])
     options = {name: params[name] for name in ("precision", "preferred_element_type")}
@@ -58,18 +62,19 @@ def _flat_product(params: dict[str, Any], x: Array, y: Array) -> list[Array]:
     return [product.reshape(*x.shape[axes:], *y.shape[axes:])]
 
 
-def _window_is_most(equation: Any) -> bool:
-    """Whether an equation is a convolution of few places, each a sum over most of the image: the gradient of a kernel."""
-    params, kernel, out = equation.params, equation.invars[1].aval, equation.outvars[0].aval
+def _is_kernel_gradient(equation: Any) -> bool:
+    """Returns whether a convolution has few output positions, each a sum over most of the image, as kernel gradients have."""
+    params, kernel, out = parameters(equation), equation.invars[1].aval, equation.outvars[0].aval
     numbers = params["dimension_numbers"]
-    places = math.prod(out.shape[axis] for axis in numbers.out_spec[2:])
+    positions = math.prod(out.shape[axis] for axis in numbers.out_spec[2:])
     window = math.prod(kernel.shape[axis] for axis in numbers.rhs_spec[2:])
-    plain = params["feature_group_count"] == params["batch_group_count"] == 1 and set(params["lhs_dilation"]) <= {1}
-    return plain and places <= PLACES and window > places and min(itertools.chain(*params["padding"]), default=0) >= 0
+    supported = params["feature_group_count"] == params["batch_group_count"] == 1 and set(params["lhs_dilation"]) <= {1}
+    padding = itertools.chain(*params["padding"])
+    return supported and positions <= MAX_POSITIONS and window > positions and min(padding, default=0) >= 0
 
 
-def _places_product(params: dict[str, Any], x: Array, kernel: Array) -> list[Array]:
-    """The same convolution as one product: for each place of the result the part of the image that its window covers."""
+def _convolution_as_product(params: dict[str, Any], x: Array, kernel: Array) -> list[Array]:
+    """Computes a convolution as one product of the kernel with the parts of the image that its window covers."""
     numbers = params["dimension_numbers"]
     rows, summed, *axes = numbers.lhs_spec
     columns, _, *window = numbers.rhs_spec
@@ -78,24 +83,24 @@ def _places_product(params: dict[str, Any], x: Array, kernel: Array) -> list[Arr
         widths[axis] = padding
     padded = jnp.pad(x, widths)
     dilation, strides = params["rhs_dilation"], params["window_strides"]
-    reach = [(kernel.shape[axis] - 1) * d + 1 for axis, d in zip(window, dilation, strict=True)]
-    sizes = [(padded.shape[axis] - r) // s + 1 for axis, r, s in zip(axes, reach, strides, strict=True)]
-    parts = []
-    for place in itertools.product(*map(range, sizes)):
-        cut = [slice(None)] * x.ndim
-        for axis, i, r, s, d in zip(axes, place, reach, strides, dilation, strict=True):
-            cut[axis] = slice(i * s, i * s + r, d)
-        parts.append(padded[tuple(cut)])
-    # Summed over in the order of the image's axes, so that what leads is one axis where it can be.
-    over = sorted(zip((summed, *axes), (numbers.rhs_spec[1], *window), strict=True))
-    left, right = zip(*over, strict=True)
+    extents = [(kernel.shape[axis] - 1) * d + 1 for axis, d in zip(window, dilation, strict=True)]
+    sizes = [(padded.shape[axis] - extent) // s + 1 for axis, extent, s in zip(axes, extents, strides, strict=True)]
+    patches = []
+    for position in itertools.product(*map(range, sizes)):
+        patch = [slice(None)] * x.ndim
+        for axis, i, extent, s, d in zip(axes, position, extents, strides, dilation, strict=True):
+            patch[axis] = slice(i * s, i * s + extent, d)
+        patches.append(padded[tuple(patch)])
+    # In the order of the image's axes, so that the summed axes lead where possible and can be flattened into one.
+    contracted = sorted(zip((summed, *axes), (numbers.rhs_spec[1], *window), strict=True))
+    left, right = zip(*contracted, strict=True)
     options = {name: params[name] for name in ("precision", "preferred_element_type")}
     options["dimension_numbers"] = ((left, right), ((), ()))
-    covered = jnp.concatenate(parts, rows)
+    stacked = jnp.concatenate(patches, rows)
     if left == right == tuple(range(len(left))):
-        (product,) = _flat_product(options, covered, kernel)
+        (product,) = _matrix_product(options, stacked, kernel)
     else:
-        product = jax.lax.dot_general(covered, kernel, **options)
-    spread = product.reshape(*sizes, x.shape[rows], kernel.shape[columns])  # places, then rows and columns of the product
-    where = {axis: place for place, axis in enumerate([*numbers.out_spec[2:], *numbers.out_spec[:2]])}
-    return [spread.transpose([where[axis] for axis in range(x.ndim)])]
+        product = jax.lax.dot_general(stacked, kernel, **options)
+    split = product.reshape(*sizes, x.shape[rows], kernel.shape[columns])  # positions, then rows and columns of the product
+    order = {axis: place for place, axis in enumerate([*numbers.out_spec[2:], *numbers.out_spec[:2]])}
+    return [split.transpose([order[axis] for axis in range(x.ndim)])]

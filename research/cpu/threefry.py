@@ -1,7 +1,7 @@
 """JAX's random bits on the CPU: the same bits in less time.
 
-For the CPU JAX writes the cipher that they come from as a loop, each round of which goes through all the numbers in memory. As
-one expression XLA keeps a number in a register until it is done.
+For the CPU JAX lowers the threefry cipher to a loop, each round of which reads and writes all words in memory. Written as one
+expression, XLA keeps a word in a register through all rounds.
 """
 
 import functools
@@ -13,18 +13,27 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, UInt
 
+from research.cpu.separate import compile_separately
+from research.transforms.jaxpr import equations, parameters  # noqa: F401  (`equations` for the example in a docstring)
+
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
-PARITY = 0x1BD11BDA  # with the two words of the key it gives the third
+PARITY = 0x1BD11BDA  # xor-ed with both words of the key it gives the third word
 
 
-def replacement(equation: Any) -> Callable[..., Array] | None:
-    """What computes an equation that draws bits or keys from one key of this cipher; None for any other equation.
+def rule(equation: Any) -> Callable[..., Array] | None:
+    """Returns the replacement for an equation that draws bits, splits or folds into a single threefry key.
 
-    None as well where `jax_threefry_partitionable` is off: words are paired otherwise then.
+    The replacement takes the equation's operands and returns its result. None for every other equation, and where
+    `jax_threefry_partitionable` is off, because words are paired differently then.
+
+    >>> draw, key = lambda key: jax.random.bits(key, (2,)), jax.random.key(0)
+    >>> (replacement,) = filter(None, map(rule, equations(jax.make_jaxpr(draw)(key))))
+    >>> bool((replacement(key) == draw(key)).all())
+    True
     """
-    name, params = equation.primitive.name, equation.params
-    counted = jax.config.jax_threefry_partitionable  # type: ignore[attr-defined]
-    if name not in ("random_bits", "random_split", "random_fold_in") or not counted:
+    name, params = equation.primitive.name, parameters(equation)
+    partitionable = jax.config.jax_threefry_partitionable  # type: ignore[attr-defined]
+    if name not in ("random_bits", "random_split", "random_fold_in") or not partitionable:
         return None
     key = equation.invars[0].aval
     if key.shape or key.dtype.name != "key<fry>" or math.prod(params.get("shape", ())) >= 1 << 32:
@@ -37,13 +46,14 @@ def replacement(equation: Any) -> Callable[..., Array] | None:
     return None if equation.invars[1].aval.shape else _fold_in
 
 
-def hashed(key: UInt[Array, "2"], x_0: Any, x_1: Any) -> tuple[Any, Any]:
-    """Threefry-2x32 of 20 rounds (J. Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011): two words in, two out.
+def threefry2x32(key: UInt[Array, "2"], x_0: Any, x_1: Any) -> tuple[Any, Any]:
+    """Returns Threefry-2x32 with 20 rounds of two words under a key.
 
-    All are uint32, `x_0` and `x_1` of one shape.
+    All words are uint32; `x_0`, `x_1` and both results have the same shape. Source: J. Salmon et al., Parallel random numbers: as
+    easy as 1, 2, 3, SC 2011.
 
     >>> key = jnp.array([0x13198A2E, 0x03707344], jnp.uint32)
-    >>> [f"{int(word):08x}" for word in hashed(key, jnp.uint32(0x243F6A88), jnp.uint32(0x85A308D3))]
+    >>> [f"{int(word):08x}" for word in threefry2x32(key, jnp.uint32(0x243F6A88), jnp.uint32(0x85A308D3))]
     ['c4923a9c', '483df7a0']
     """
     keys = (key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(PARITY))
@@ -58,30 +68,24 @@ def hashed(key: UInt[Array, "2"], x_0: Any, x_1: Any) -> tuple[Any, Any]:
     return x_0, x_1
 
 
-def _numbered(words: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
-    """The cipher of as many numbers as there are, counted from 0."""
-    count = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
-    return hashed(words, jnp.zeros(shape, jnp.uint32), count)
+def _encrypt_counters(words: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """Returns the cipher of the counters 0, 1, 2, ... in an array of this shape, as high and low words."""
+    counters = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
+    return threefry2x32(words, jnp.zeros(shape, jnp.uint32), counters)
 
 
 def _bits(key: Array, shape: tuple[int, ...], width: int) -> Array:
-    words, kind = jax.random.key_data(key), jnp.dtype(f"uint{width}")
-
-    def draw(*_: Any) -> Array:
-        high, low = _numbered(words, shape)
-        return (high ^ low).astype(kind)
-
-    # A loop that is gone through once, of which the compiler can't know that: what comes after it is compiled apart, as it is
-    # after JAX's own loop, and rounds as it does there. A barrier is of no use: on the CPU it is dropped before that.
-    once = 1 + (jax.lax.population_count(words[0]) >> jnp.uint32(6)).astype(jnp.int32)
-    return jax.lax.fori_loop(0, once, draw, jnp.zeros(shape, kind))
+    # The two words are joined where the bits are used, as in JAX' own program. Else the compiler would vectorize, and round, the
+    # use otherwise.
+    high, low = compile_separately(functools.partial(_encrypt_counters, shape=shape), jax.random.key_data(key))
+    return (high ^ low).astype(jnp.dtype(f"uint{width}"))
 
 
 def _split(key: Array, shape: tuple[int, ...]) -> Array:
-    made = jnp.stack(_numbered(jax.random.key_data(key), shape), -1)
-    return jax.random.wrap_key_data(made, impl="threefry2x32")
+    words = jnp.stack(_encrypt_counters(jax.random.key_data(key), shape), -1)
+    return jax.random.wrap_key_data(words, impl="threefry2x32")
 
 
 def _fold_in(key: Array, data: Any) -> Array:
-    made = jnp.stack(hashed(jax.random.key_data(key), jnp.uint32(0), data.astype(jnp.uint32)))
-    return jax.random.wrap_key_data(made, impl="threefry2x32")
+    words = jnp.stack(threefry2x32(jax.random.key_data(key), jnp.uint32(0), data.astype(jnp.uint32)))
+    return jax.random.wrap_key_data(words, impl="threefry2x32")

@@ -1,6 +1,7 @@
-"""Batches that a step number addresses: the same source, seed and step give the same batch, wherever and whenever asked."""
+"""Batches addressed by step: the same source, seed and step always give the same batch."""
 
 import functools
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -8,16 +9,31 @@ import jax
 import numpy as np
 from jaxtyping import Int, PyTree
 
-from research.state import Batch, Refused
+from research.core.state import Batch, InvalidArgument
+from research.data.arrays import (
+    MAX_SEED,
+    check_arrays,
+    check_flag,
+    check_integer,
+    check_labels,
+    class_weights,
+    named_leaves,
+    to_numpy,
+)
 
-RESIDENT_BYTES = 1 << 30  # arrays up to this size are kept on the device
+RESIDENT_BYTES = 1 << 30  # larger data sets stay on the host
 
 
 class Resident(NamedTuple):
-    """Data small enough to live on the device: a step's batch is `take(source(), rows(step, 1))`.
+    """A data set small enough for device memory. The batch of a step is `take_rows(source(), rows(step, 1))`.
 
-    `source()` is a tree of arrays whose first axis counts examples; `rows(step, steps)` numbers those of so many steps of one
-    epoch, one step's after another's. `sharding` is where it lives, if on more than one device.
+    `source()` returns a tree of arrays whose first axis counts examples. `rows(step, steps)` returns the row indices of `steps`
+    consecutive batches of one epoch, concatenated. `sharding` is the sharding of the source where it spans several devices.
+
+    >>> import numpy as np
+    >>> resident = from_arrays(np.arange(5.0), batch_size=2, shuffle=False).resident
+    >>> take_rows(resident.source(), resident.rows(1, 2)).x.tolist()
+    [2.0, 3.0, 4.0]
     """
 
     source: Callable[[], PyTree]
@@ -26,12 +42,19 @@ class Resident(NamedTuple):
 
 
 class Batches(NamedTuple):
-    """A data set cut into batches.
+    """A data set split into batches.
 
-    `batch(step)` is that step's batch on the host, a pure function of the step counted from the start of training. Everything
-    else is known without loading anything: `shapes` is a whole batch as `jax.ShapeDtypeStruct`s. `part(step, start, stop)`, where
-    it is given, is some of that batch's examples, for less than the whole costs: what one of several processes reads. `batch`,
-    `resident` and `part` tell the same: who replaces one replaces, or empties, the others.
+    `batch(step)` returns the batch of a step on the host. It is a pure function of the step, counted from the start of training.
+    The other fields are known without loading any data. `shapes` describes a full batch as `jax.ShapeDtypeStruct`s. `examples` is
+    the size of the data set. `resident` describes the data set in device memory; it is None if the data stays on the host.
+    `part(step, start, stop)`, if not None, returns examples `start` to `stop` of a batch without reading the others: of several
+    processes each reads only its own.
+    `batch`, `resident` and `part` must agree: to replace one of them, replace the others too or set them to None.
+
+    >>> import numpy as np
+    >>> batches = Batches(lambda step: np.full(2, step), jax.ShapeDtypeStruct((2,), np.int64), steps_per_epoch=4, examples=8)
+    >>> batches.batch(3).tolist()
+    [3, 3]
     """
 
     batch: Callable[[int], Any]
@@ -42,7 +65,7 @@ class Batches(NamedTuple):
     part: Callable[[int, int, int], Any] | None = None
 
 
-def arrays(
+def from_arrays(
     x: PyTree,
     y: PyTree = None,
     sample_weight: PyTree = None,
@@ -50,31 +73,42 @@ def arrays(
     batch_size: int = 32,
     seed: int = 0,
     shuffle: bool = True,
+    drop_last: bool = False,
     classes: int | None = None,
     class_weight: Mapping[int, float] | None = None,
     resident_bytes: int = RESIDENT_BYTES,
     name: str = "data",
 ) -> Batches:
-    """Batches of arrays whose first axis counts examples; trees of them for several inputs, outputs and weights.
+    """Returns batches of arrays whose first axis counts examples. Several inputs, outputs or weights come as trees of arrays.
 
-    Shuffled anew each epoch by `seed` (all rows, then cut, as Keras does); the last batch of an epoch may be shorter, and none
-    is dropped. float64 becomes Keras' float type. `classes` says that `y` holds class numbers below it. `class_weight` turns
-    into sample weights. Arrays of up to `resident_bytes` live on the device, from the first time that they are used and for as
-    long as what is returned: change them, and make it anew. Raises `Refused` for data that is
-    empty, of unequal lengths, smaller than a batch, not finite, or labelled out of range; `name` is what it calls them.
+    Each epoch is shuffled with `seed` (all rows are permuted, then split into batches, as in Keras). The last batch of an epoch
+    may be shorter; with `drop_last` it is left out. float64 becomes float32, unless `keras.config.floatx()` is "float64" and
+    JAX's x64 mode is on. If `classes` is given, `y` must hold integer labels from 0 to `classes - 1`. `class_weight` maps the
+    classes of `y` (class numbers or class probabilities, one class per example) to weights and becomes `sample_weight`. Arrays
+    of up to `resident_bytes` in total are copied to the device at their first use and stay there as long as the result is alive:
+    after changing an array in place, call `from_arrays` again. `name` stands for the data set in error messages.
+
+    Raises `InvalidArgument` for data that is empty, smaller than a batch, of unequal lengths, not numeric, not finite, complex,
+    with integers that JAX can't hold, or with labels out of range.
 
     >>> import numpy as np
-    >>> batches = arrays(np.arange(5.0), np.arange(5), batch_size=2, shuffle=False)
+    >>> batches = from_arrays(np.arange(5.0), np.arange(5), batch_size=2, shuffle=False)
     >>> batches.steps_per_epoch, [batches.batch(step).x.tolist() for step in range(4)]
     (3, [[0.0, 1.0], [2.0, 3.0], [4.0], [0.0, 1.0]])
     """
-    host = Batch(*(jax.tree.map(_host, part) for part in (x, y, sample_weight)))
-    n = _checked(host, batch_size, name)
+    batch_size = check_integer(batch_size, "the batch size", name, 1)
+    seed = check_integer(seed, "seed", name, 0, MAX_SEED)
+    check_integer(resident_bytes, "resident_bytes", name, 0)
+    check_flag(shuffle, "shuffle", name)
+    host = Batch(*(_host_arrays(part, field, name) for field, part in (("x", x), ("y", y), ("sample_weight", sample_weight))))
+    n = check_arrays(host, name)
+    if batch_size > n:
+        raise InvalidArgument(f"{name}: the batch size is {batch_size} but there are {n} examples: choose {n} or less.")
     if classes is not None:
-        _check_labels(host.y, classes, name)
+        check_labels(host.y, check_integer(classes, "classes", name, 1), name)
     if class_weight is not None:
-        host = host._replace(sample_weight=_class_weights(host, class_weight, name))
-    steps = steps_in(n, batch_size)
+        host = host._replace(sample_weight=class_weights(host, class_weight, name))
+    steps = steps_in_epoch(n, batch_size, drop_last, name)
 
     @functools.lru_cache(maxsize=2)
     def order(epoch: int) -> Int[np.ndarray, " examples"]:
@@ -88,168 +122,125 @@ def arrays(
 
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(host))
     return Batches(
-        batch=lambda step: take(host, rows(step, 1)),
+        batch=lambda step: take_rows(host, rows(step, 1)),
         shapes=jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((batch_size, *leaf.shape[1:]), leaf.dtype), host),
         steps_per_epoch=steps,
         examples=n,
         resident=Resident(lambda: host, rows) if size <= resident_bytes else None,
-        part=lambda step, start, stop: take(host, rows(step, 1)[start:stop]),
+        part=lambda step, start, stop: take_rows(host, rows(step, 1)[start:stop]),
     )
 
 
-def deferred(load: Callable[[], Batches], shapes: Any, examples: int) -> Batches:
-    """Batches that are loaded when the first is asked for, and until then known by the shapes of one and the number of examples.
+def lazy(load: Callable[[], Batches], shapes: Any, examples: int, *, drop_last: bool = False) -> Batches:
+    """Returns batches that are loaded at first use. Until then, `shapes` (of a full batch) and `examples` describe them.
 
-    Raises `Refused`, on loading, where the data is not what was announced.
+    Programs can be compiled before or while the data is read. `load` is called once; `drop_last` is that of the batches which it
+    returns. Raises `InvalidArgument` at first use if the loaded data has other shapes, dtypes or another number of examples or
+    batches.
 
     >>> import numpy as np
     >>> x = jax.ShapeDtypeStruct((2,), np.float32)
-    >>> batches = deferred(lambda: arrays(np.arange(5.0), batch_size=2, shuffle=False), Batch(x), examples=5)
+    >>> batches = lazy(lambda: from_arrays(np.arange(5.0), batch_size=2, shuffle=False), Batch(x), examples=5)
     >>> batches.steps_per_epoch, batches.batch(2).x.tolist()
     (3, [4.0])
     """
-    leading = {leaf.shape[0] for leaf in jax.tree.leaves(shapes)}
+    examples = check_integer(examples, "examples", "lazy", 1)
+    leaves = jax.tree.leaves(shapes)
+    if not callable(load) or not leaves or not all(getattr(leaf, "shape", ()) for leaf in leaves):
+        raise InvalidArgument(
+            "lazy: expected a function that returns Batches, and the shapes of a full batch as a tree of jax.ShapeDtypeStructs, "
+            f"got a {type(load).__name__} and {' '.join(str(shapes).split())[:100]}."
+        )
+    batch_size = leaves[0].shape[0]  # more than there are examples fails when they are loaded; a plan needs shapes alone
+    steps = steps_in_epoch(examples, batch_size, drop_last, "lazy")
     size = sum(leaf.size // leaf.shape[0] * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)) * examples
+    resident_size, lock = size <= RESIDENT_BYTES, threading.Lock()
 
     @functools.cache
-    def loaded() -> Batches:
-        found = load()
-        if (found.shapes, found.examples) != (shapes, examples):
-            raise Refused(
-                f"data: {found.examples} examples were loaded in batches of {found.shapes}, expected {examples} in {shapes}: "
-                "the files are other ones, or damaged; remove them and load them again."
+    def load_once() -> Batches:
+        batches = load()
+        if not isinstance(batches, Batches):
+            raise InvalidArgument(f"lazy: the function returned a {type(batches).__name__}, expected Batches, as of from_arrays.")
+        if (batches.shapes, batches.examples, batches.steps_per_epoch) != (shapes, examples, steps):
+            raise InvalidArgument(
+                f"data: loaded {batches.examples} examples in {batches.steps_per_epoch} batches of {batches.shapes}, expected "
+                f"{examples} in {steps} of {shapes}: the files differ or are damaged; remove them and load them again."
             )
+        if resident_size and batches.resident is None:
+            raise InvalidArgument(
+                "data: the loaded data stays on the host, but it is small: load it with the default resident_bytes."
+            )
+        return batches
+
+    def loaded() -> Batches:
+        with lock:  # two readers in two threads load the data once
+            return load_once()
+
+    def resident() -> Resident:
+        found = loaded().resident
+        assert found is not None
         return found
 
-    def source() -> PyTree:
-        found = loaded().resident
-        assert found is not None
-        return found.source()
-
-    def rows(step: int, steps: int) -> Int[np.ndarray, " rows"]:
-        found = loaded().resident
-        assert found is not None
-        return found.rows(step, steps)
-
     def part(step: int, start: int, stop: int) -> Any:
-        found = loaded()
-        if found.part is not None:
-            return found.part(step, start, stop)
-        return jax.tree.map(lambda leaf: leaf[start:stop], found.batch(step))
+        batches = loaded()
+        if batches.part is not None:
+            return batches.part(step, start, stop)
+        return jax.tree.map(lambda leaf: leaf[start:stop], batches.batch(step))
 
     return Batches(
         batch=lambda step: loaded().batch(step),
         shapes=shapes,
-        steps_per_epoch=steps_in(examples, leading.pop()),
+        steps_per_epoch=steps,
         examples=examples,
-        resident=Resident(source, rows) if size <= RESIDENT_BYTES else None,
+        resident=Resident(lambda: resident().source(), lambda step, steps: resident().rows(step, steps))
+        if resident_size
+        else None,
         part=part,
     )
 
 
-def rows_in(data: Batches, step: int) -> int:
-    """The examples in a step's batch: an epoch's last may have fewer.
+def examples_in_batch(data: Batches, step: int) -> int:
+    """Returns the number of examples in the batch of a step. The last batch of an epoch may have fewer than the others.
 
     >>> import numpy as np
-    >>> batches = arrays(np.arange(5.0), batch_size=2)
-    >>> [rows_in(batches, step) for step in range(4)]
+    >>> batches = from_arrays(np.arange(5.0), batch_size=2)
+    >>> [examples_in_batch(batches, step) for step in range(4)]
     [2, 2, 1, 2]
     """
     size = int(jax.tree.leaves(data.shapes)[0].shape[0])
     return min(size, data.examples - step % data.steps_per_epoch * size)
 
 
-def steps_in(examples: int, batch_size: int) -> int:
-    """The batches in an epoch, a shorter last one counted.
+def num_batches(examples: int, batch_size: int) -> int:
+    """Returns the number of batches in an epoch, including a shorter last one.
 
-    >>> steps_in(10, 4)
+    >>> num_batches(10, 4)
     3
     """
     return -(-examples // batch_size)
 
 
-def take(source: PyTree, rows: Any) -> PyTree:
-    """The given rows of every array, on the host or inside a program.
+def steps_in_epoch(examples: int, batch_size: int, drop_last: bool, name: str) -> int:
+    """Returns the number of batches in an epoch, with or without a shorter last one.
+
+    >>> steps_in_epoch(10, 4, False, "data"), steps_in_epoch(10, 4, True, "data")
+    (3, 2)
+    """
+    check_flag(drop_last, "drop_last", name)
+    return examples // batch_size if drop_last else num_batches(examples, batch_size)
+
+
+def take_rows(source: PyTree, rows: Any) -> PyTree:
+    """Returns these rows of every array in a tree, on the host or inside a compiled program.
 
     >>> import numpy as np
-    >>> take(Batch(np.arange(4) * 10), np.array([3, 1])).x
+    >>> take_rows(Batch(np.arange(4) * 10), np.array([3, 1])).x
     array([30, 10])
     """
     return jax.tree.map(lambda leaf: leaf[rows], source)
 
 
-def _host(leaf: Any) -> np.ndarray:
-    array = np.asarray(leaf)
-    return array.astype(np.float32) if array.dtype == np.float64 else array
-
-
-def _paths(part: str, tree: PyTree) -> list[tuple[str, np.ndarray]]:
-    return [(part + jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-
-
-def _checked(host: Batch, batch_size: int, name: str) -> int:
-    """The number of examples, after refusing what can't be trained on."""
-    named = [*_paths("x", host.x), *_paths("y", host.y), *_paths("sample_weight", host.sample_weight)]
-    first, leading = named[0]
-    for where, leaf in named:
-        if leaf.dtype == object or leaf.dtype.kind in "USV":
-            raise Refused(f"{name}: {where} holds {leaf.dtype}, expected numbers of one shape: encode or pad it first.")
-        if leaf.ndim == 0:
-            raise Refused(f"{name}: {where} is a single number, expected an array whose first axis counts examples.")
-        if len(leaf) != len(leading):
-            raise Refused(
-                f"{name}: {where} has {len(leaf)} examples but {first} has {len(leading)}; "
-                "expected the same number: cut or pair them up again."
-            )
-    n = len(leading)
-    if n == 0:
-        raise Refused(f"{name}: {first} is empty, expected at least one example: check the path or the split it came from.")
-    if batch_size < 1:
-        raise Refused(f"{name}: the batch size is {batch_size}, expected at least 1.")
-    if batch_size > n:
-        raise Refused(f"{name}: the batch size is {batch_size} but there are {n} examples: choose {n} or less.")
-    for where, leaf in named:
-        if np.issubdtype(leaf.dtype, np.floating) and not np.isfinite([leaf.min(), leaf.max()]).all():
-            bad = np.argwhere(~np.isfinite(leaf))
-            if len(bad):
-                raise Refused(
-                    f"{name}: {where} has {len(bad)} values that are not finite, the first at {tuple(map(int, bad[0]))}; "
-                    "expected numbers only: drop or fill those rows."
-                )
-    return n
-
-
-def _check_labels(y: PyTree, classes: int, name: str) -> None:
-    for where, leaf in _paths("y", y):
-        if not np.issubdtype(leaf.dtype, np.integer):
-            raise Refused(f"{name}: {where} holds {leaf.dtype}, expected whole class numbers from 0 to {classes - 1}.")
-        if leaf.ndim > 2 or (leaf.ndim == 2 and leaf.shape[1] != 1):
-            raise Refused(
-                f"{name}: {where} has the shape {leaf.shape}, expected one class number for each example: "
-                "take the argmax of one-hot labels."
-            )
-        low, high = int(leaf.min()), int(leaf.max())
-        if low < 0 or high >= classes:
-            row = int(np.argmax(leaf == (low if low < 0 else high)))
-            raise Refused(
-                f"{name}: {where} holds the label {low if low < 0 else high} (row {row}), expected 0 to {classes - 1}: "
-                "count labels from 0, or give the model more classes."
-            )
-
-
-def _class_weights(host: Batch, class_weight: Mapping[int, float], name: str) -> np.ndarray:
-    """A weight for each example by its class, one-hot or not; 1 for a class that is not listed, as in Keras."""
-    if host.sample_weight is not None:
-        raise Refused(f"{name}: class_weight and sample_weight are both given, expected one: multiply them into sample_weight.")
-    leaves = jax.tree.leaves(host.y)
-    if len(leaves) != 1:
-        raise Refused(
-            f"{name}: class_weight needs one target, y has {len(leaves)}: give a sample_weight for each output instead."
-        )
-    y = leaves[0]
-    labels = np.argmax(y, axis=-1) if y.ndim > 1 and y.shape[-1] > 1 else np.round(y.reshape(len(y), -1)[:, 0])
-    labels = labels.astype(np.int64)
-    weights = np.ones(labels.shape, np.float32)
-    for label, weight in class_weight.items():
-        weights[labels == label] = weight
-    return weights
+def _host_arrays(tree: PyTree, field: str, name: str) -> PyTree:
+    """Returns a tree of users' arrays as NumPy arrays."""
+    leaves = [to_numpy(leaf, f"{name}: {path}") for path, leaf in named_leaves(field, tree)]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)

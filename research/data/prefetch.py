@@ -1,4 +1,4 @@
-"""Batches on their way to the device: as many at once as one dispatch takes, brought by a thread while the device works."""
+"""Moves batches to the device ahead of time: a thread prepares what the next dispatches need while the device computes."""
 
 import itertools
 import time
@@ -13,33 +13,37 @@ import numpy as np
 from jaxtyping import Int, PyTree
 
 T = TypeVar("T")
-SECONDS = 0.1  # of steps in a dispatch: nobody waits longer for the progress bar or for Ctrl-C
-IN_FLIGHT = 2  # dispatches that the device may be behind
-AHEAD = 2  # dispatches whose batches are brought before they are asked for
+DISPATCH_SECONDS = 0.1  # of computation per dispatch: the progress bar and Ctrl-C never wait longer
+IN_FLIGHT = 2  # dispatches that the host may be ahead of the device
+PREFETCHED = 2  # dispatches whose batches are prepared in advance
 
 
-class Piece(NamedTuple):
-    """What one dispatch takes: so many steps from `start` on.
+class Chunk(NamedTuple):
+    """The input of one dispatch: `steps` training steps, the first of which is step `start`.
 
-    `batches` is the step's batch where `slots` is None; otherwise each of its leaves has one more axis in front, as long as
-    `slots`, of which the first `steps` are used.
+    If `positions` is None, the dispatch runs one step and `batches` is its batch. Otherwise batches are stacked: every leaf of
+    `batches` has a leading axis as long as `positions` (0, 1, ... capacity - 1), and its first `steps` entries are used.
+
+    >>> Chunk(start=4, steps=2, batches=np.zeros((3, 8)), positions=np.arange(3, dtype=np.int32)).batches.shape
+    (3, 8)
     """
 
     start: int
     steps: int
     batches: PyTree
-    slots: Int[np.ndarray, " capacity"] | None
+    positions: Int[np.ndarray, " capacity"] | None
 
 
-class Pace:
-    """How many steps to dispatch at once, found from how long earlier ones took; keeps the host from running far ahead.
+class DispatchPacer:
+    """Chooses the number of steps per dispatch from the time of earlier dispatches. Limits how far the host runs ahead.
 
-    `agree` is asked at each dispatch and makes one number of what several processes found: they have to dispatch the same.
+    `agree` is called at each dispatch. With several processes it returns the same number in all of them, because they have to
+    dispatch the same programs.
 
-    >>> pace = Pace()
+    >>> pacer = DispatchPacer()
     >>> for _ in range(3):
-    ...     pace.dispatched(jnp.zeros(()), steps=1)
-    >>> pace.steps
+    ...     pacer.dispatched(jnp.zeros(()), steps=1)
+    >>> pacer.steps
     1
     """
 
@@ -50,88 +54,91 @@ class Pace:
         self.since: float | None = None
 
     def dispatched(self, results: Any, steps: int) -> None:
-        """So many steps were dispatched, with these results. Waits for the dispatch that is `IN_FLIGHT` before."""
-        found = self.steps
+        """Registers a dispatch of `steps` steps and its results. Blocks until the dispatch `IN_FLIGHT` before it is done."""
+        proposal = self.steps
         self.running.append((results, steps))
         if len(self.running) > IN_FLIGHT:
             results, steps = self.running.popleft()
             jax.block_until_ready(results)
             now = time.perf_counter()
             if self.since is not None:
-                found = max(1, min(2 * self.steps, int(SECONDS * steps / max(now - self.since, 1e-9))))
+                proposal = max(1, min(2 * self.steps, int(DISPATCH_SECONDS * steps / max(now - self.since, 1e-9))))
             self.since = now
-        self.steps = self.agree(found)
+        self.steps = self.agree(proposal)
 
-    def rest(self) -> None:
-        """Time passes in which no step is run."""
+    def pause(self) -> None:
+        """Excludes the time until the next dispatch from the measurement."""
         self.running.clear()
         self.since = None
 
 
-def stretches(start: int, total: int, stops: Iterable[int], pace: Pace, capacity: int) -> Iterator[tuple[int, int]]:
-    """Steps from `start` to `total` in dispatches, (step, count) each: none passes a multiple of one of `stops`.
+def chunk_bounds(start: int, total: int, stops: Iterable[int], pacer: DispatchPacer, capacity: int) -> Iterator[tuple[int, int]]:
+    """Splits steps `start` to `total` into dispatches and yields (first step, number of steps).
 
-    The first is one step, which shows that all is well. The others are as long as one another, up to the next of `stops`, and
-    about as long as the pace.
+    No dispatch crosses a multiple of one of `stops`. The first is a single step, so that the first log comes early. The others
+    have about `pacer.steps` steps, at most `capacity`, of equal length up to the next stop.
 
-    >>> pace = Pace()
-    >>> pace.steps = 8
-    >>> list(stretches(0, 30, [20], pace, 100))
+    >>> pacer = DispatchPacer()
+    >>> pacer.steps = 8
+    >>> list(chunk_bounds(0, 30, [20], pacer, 100))
     [(0, 1), (1, 10), (11, 9), (20, 10)]
     """
-    step, every = start, tuple(stops)
+    step, periods = start, tuple(stops)
     while step < total:
-        left = min([total, *(step - step % n + n for n in every)]) - step
-        count = 1 if step == start else min(-(-left // max(1, round(left / pace.steps))), capacity)
+        remaining = min([total, *(step - step % period + period for period in periods)]) - step
+        count = 1 if step == start else min(-(-remaining // max(1, round(remaining / pacer.steps))), capacity)
         yield step, count
         step += count
 
 
-def pieces(plan: Iterable[tuple[int, int]], batch: Callable[[int], Any], whole: Any, capacity: int) -> Iterator[Piece]:
-    """The batches of each stretch, those that are shaped like `whole` side by side where `capacity` is more than 1.
+def batch_chunks(bounds: Iterable[tuple[int, int]], batch: Callable[[int], Any], full: Any, capacity: int) -> Iterator[Chunk]:
+    """Yields the chunks of batches from the host. If `capacity` exceeds 1, batches with the signature of `full` are stacked.
 
-    >>> side_by_side, alone = pieces([(0, 3)], lambda step: np.full(2 if step < 2 else 1, float(step)), np.zeros(2), capacity=2)
-    >>> side_by_side.steps, side_by_side.batches.tolist(), alone.start, alone.batches.tolist()
+    >>> batch = lambda step: np.full(2 if step < 2 else 1, float(step))
+    >>> stacked, single = batch_chunks([(0, 3)], batch, np.zeros(2), capacity=2)
+    >>> stacked.steps, stacked.batches.tolist(), single.start, single.batches.tolist()
     (2, [[0.0, 0.0], [1.0, 1.0]], 2, [2.0])
     """
-    shape, slots = kind(whole), np.arange(capacity, dtype=np.int32)
-    for start, count in plan:
+    stackable, positions = signature(full), np.arange(capacity, dtype=np.int32)
+    for start, count in bounds:
         step = start
-        for found, alike in itertools.groupby((batch(start + i) for i in range(count)), kind):
-            group = list(alike)
-            if capacity > 1 and found == shape:
-                yield Piece(step, len(group), stacked(group, capacity), slots)
+        for shapes, batches in itertools.groupby((batch(start + i) for i in range(count)), signature):
+            group = list(batches)
+            if capacity > 1 and shapes == stackable:
+                yield Chunk(step, len(group), stack_batches(group, capacity), positions)
             else:
-                for i, each in enumerate(group):
-                    yield Piece(step + i, 1, each, None)
+                for i, single in enumerate(group):
+                    yield Chunk(step + i, 1, single, None)
             step += len(group)
 
 
-def numbered(
-    plan: Iterable[tuple[int, int]], rows: Callable[[int, int], Int[np.ndarray, " rows"]], size: int, capacity: int
-) -> Iterator[Piece]:
-    """The same for row numbers, `size` a step: `rows(start, steps)` gives those of a whole stretch, its last step's maybe fewer.
+def row_chunks(
+    bounds: Iterable[tuple[int, int]], rows: Callable[[int, int], Int[np.ndarray, " rows"]], batch_size: int, capacity: int
+) -> Iterator[Chunk]:
+    """Yields the chunks of data that is on the device: row indices in place of batches, `batch_size` per step.
 
-    >>> whole, rest = numbered([(0, 3)], lambda start, steps: np.arange(5, dtype=np.int32), size=2, capacity=2)
-    >>> whole.steps, whole.batches.tolist(), rest.start, rest.batches.tolist()
+    `rows(start, steps)` returns the indices of several steps, concatenated; the last step may have fewer.
+
+    >>> stacked, single = row_chunks([(0, 3)], lambda start, steps: np.arange(5, dtype=np.int32), batch_size=2, capacity=2)
+    >>> stacked.steps, stacked.batches.tolist(), single.start, single.batches.tolist()
     (2, [[0, 1], [2, 3]], 2, [4])
     """
-    slots = np.arange(capacity, dtype=np.int32)
-    for start, steps in plan:
-        found, done = rows(start, steps), 0
-        if capacity > 1 and len(found) >= size:
-            done = len(found) // size
-            side_by_side = np.empty((capacity, size), found.dtype)
-            side_by_side[:done] = found[: done * size].reshape(done, size)
-            yield Piece(start, done, side_by_side, slots)
-        for step in range(done, steps):
-            yield Piece(start + step, 1, found[step * size : (step + 1) * size], None)
+    positions = np.arange(capacity, dtype=np.int32)
+    for start, steps in bounds:
+        indices, full = rows(start, steps), 0
+        if capacity > 1 and len(indices) >= batch_size:
+            full = len(indices) // batch_size
+            stacked = np.empty((capacity, batch_size), indices.dtype)
+            stacked[:full] = indices[: full * batch_size].reshape(full, batch_size)
+            yield Chunk(start, full, stacked, positions)
+        for step in range(full, steps):
+            yield Chunk(start + step, 1, indices[step * batch_size : (step + 1) * batch_size], None)
 
 
-class Ahead(Generic[T]):
-    """An iterator that a thread runs ahead of who asks for its items, within `with`. `waited`: the seconds they had to wait.
+class Prefetcher(Generic[T]):
+    """Iterates over `items` in a thread, ahead of the consumer, inside a `with` block. `waited`: seconds the consumer has waited.
 
-    >>> with Ahead(iter("abc")) as letters:
+    >>> with Prefetcher(iter("abc")) as letters:
     ...     "".join(letters)
     'abc'
     """
@@ -139,11 +146,11 @@ class Ahead(Generic[T]):
     def __init__(self, items: Iterator[T]) -> None:
         self.items, self.waited = items, 0.0
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self.coming: deque[Future[Any]] = deque()
+        self.pending: deque[Future[Any]] = deque()
 
-    def __enter__(self) -> "Ahead[T]":
-        for _ in range(AHEAD):
-            self._send()
+    def __enter__(self) -> "Prefetcher[T]":
+        for _ in range(PREFETCHED):
+            self._request()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -154,59 +161,59 @@ class Ahead(Generic[T]):
 
     def __next__(self) -> T:
         began = time.perf_counter()
-        item = self.coming.popleft().result()
+        item = self.pending.popleft().result()
         self.waited += time.perf_counter() - began
-        if item is self:  # no item can be: the end
+        if item is self:  # the end: no item can be the prefetcher itself
             raise StopIteration
-        self._send()
+        self._request()
         return item
 
-    def _send(self) -> None:
-        self.coming.append(self.pool.submit(next, self.items, self))
+    def _request(self) -> None:
+        self.pending.append(self.pool.submit(next, self.items, self))
 
 
-def brought(tree: PyTree) -> PyTree:
-    """A batch on the device; one that lies on the devices of several processes stays where it is.
+def to_device(tree: PyTree) -> PyTree:
+    """Returns a batch on the default device. A batch that spans the devices of several processes is returned unchanged.
 
-    >>> isinstance(brought(np.zeros(2)), jax.Array)
+    >>> isinstance(to_device(np.zeros(2)), jax.Array)
     True
     """
-    there = any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in jax.tree.leaves(tree))
-    return tree if there else jax.device_put(tree)
+    distributed = any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in jax.tree.leaves(tree))
+    return tree if distributed else jax.device_put(tree)
 
 
-def kind(tree: PyTree) -> Any:
-    """What tells the batches of one program from another's: structure, shapes and types.
+def signature(tree: PyTree) -> Any:
+    """Returns the structure, shapes and dtypes of a tree: trees with equal signatures can share a compiled program.
 
-    >>> kind({"x": np.zeros(2)}) == kind({"x": np.ones(2)}), kind(np.zeros(2)) == kind(np.zeros(3))
+    >>> signature({"x": np.zeros(2)}) == signature({"x": np.ones(2)}), signature(np.zeros(2)) == signature(np.zeros(3))
     (True, False)
     """
     leaves, structure = jax.tree.flatten(tree)
     return structure, tuple((np.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves)
 
 
-def stacked(batches: list[Any], length: int) -> PyTree:
-    """Batches of one kind along a new first axis of this length; what is behind the last of them has no meaning.
+def stack_batches(batches: list[Any], length: int) -> PyTree:
+    """Stacks batches of one signature along a new leading axis of this length. Entries after the last batch are undefined.
 
-    >>> stacked([np.zeros(2), np.ones(2)], 3).shape
+    >>> stack_batches([np.zeros(2), np.ones(2)], 3).shape
     (3, 2)
     """
 
     def stack(*leaves: Any) -> Any:
         if isinstance(leaves[0], jax.Array) and jax.default_backend() != "cpu":
             return _stack([*leaves, *[leaves[-1]] * (length - len(leaves))])
-        filled = np.empty((length, *leaves[0].shape), leaves[0].dtype)
+        stacked = np.empty((length, *leaves[0].shape), leaves[0].dtype)
         for i, leaf in enumerate(leaves):
-            filled[i] = leaf
-        return filled
+            stacked[i] = leaf
+        return stacked
 
     return jax.tree.map(stack, *batches)
 
 
-def loopable(tree: PyTree) -> bool:
-    """Whether a batch is all arrays of numbers, which can be put side by side.
+def is_numeric(tree: PyTree) -> bool:
+    """Returns whether every leaf is a numeric array, so that batches can be stacked.
 
-    >>> loopable((np.zeros(2), None)), loopable(np.array(["a"]))
+    >>> is_numeric((np.zeros(2), None)), is_numeric(np.array(["a"]))
     (True, False)
     """
     leaves = jax.tree.leaves(tree)
