@@ -1,144 +1,152 @@
-"""Split weights made whole where they are used, and only there: what keeps memory small when weights lie on many devices.
+"""Weights split over `fsdp` are gathered where they are used, and only there: this keeps memory small.
 
-Left alone the compiler sees a split weight and splits what is multiplied with it too, by features, which takes far more memory
-and traffic than the weight. So in the traced step every product, convolution, lookup or loop that takes such a weight takes one
-that is gathered for it; what goes through it number by number, as an optimizer does, works on the parts.
+Left alone, the compiler propagates the sharding of a weight to what it is multiplied with and splits activations by features,
+which takes far more memory and traffic than the weight. So in the traced step each product, convolution, lookup or loop that
+takes a split weight gets a gathered one instead. Elementwise operations, such as an optimizer's, work on the local shards.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
-import jax.extend
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-from research.transforms import bound
+from research.transforms.jaxpr import (
+    bind_checkpoint,
+    bind_equation,
+    called_program,
+    interpret,
+    is_checkpoint,
+    is_plain_call,
+    parameters,
+    scan,
+)
 
 T = TypeVar("T")
-Tag = NamedSharding | None  # how a value is to lie where it is used; None: as it lies
+AtUse = NamedSharding | None  # the sharding of a value where it is used; None: unchanged
 
-NUMBER_BY_NUMBER = """
+ELEMENTWISE = """
     abs add add_any and atan2 cbrt ceil clamp convert_element_type copy cos div eq erf erf_inv exp exp2 expm1 floor ge gt
-    integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not optimization_barrier or pow reduce_precision
+    integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow reduce_precision
     rem round rsqrt select_n shift_left shift_right_logical sign sin sqrt square stop_gradient sub tan tanh xor
 """.split()  # noqa: SIM905
+UNCHANGED = ("optimization_barrier",)  # each result is the operand at its position
 REDUCTIONS = ("argmax", "argmin", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum")
 
 
-def gathering(function: Callable[..., T], whole: PyTree) -> Callable[..., T]:
-    """The same function with leaves of its first argument gathered where they are used.
+def gather_at_use(function: Callable[..., T], at_use: PyTree) -> Callable[..., T]:
+    """Wraps a function so that leaves of its first argument are gathered where they are used.
 
-    `whole` is shaped like the first argument; a sharding there says how a leaf is to lie where it is used, None that it stays.
-    What is computed from a leaf number by number is treated like the leaf: a weight in half precision, or after its update. A
-    second use gathers anew, so that none is kept whole from the way forth to the way back.
+    `at_use` has the structure of the first argument: a leaf's sharding where it is used, or None to leave the leaf unchanged.
+    The result of an elementwise operation on such a leaf is treated like the leaf: a weight in half precision, an updated
+    weight. Each use gathers again, so that no complete weight is kept from the forward to the backward pass.
 
     >>> import jax.numpy as jnp
-    >>> device = NamedSharding(jax.make_mesh((1,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,)), P())
-    >>> gathering(lambda weights, x: x @ weights["kernel"], {"kernel": device})({"kernel": jnp.ones((2, 1))}, jnp.ones((1, 2)))
+    >>> one_device = jax.make_mesh((1,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    >>> product = gather_at_use(lambda weights, x: x @ weights["kernel"], {"kernel": NamedSharding(one_device, P())})
+    >>> product({"kernel": jnp.ones((2, 1))}, jnp.ones((1, 2)))
     Array([[2.]], dtype=float32)
     """
 
     def call(first: Any, *rest: Any) -> T:
-        tags = jax.tree.leaves(whole, is_leaf=lambda leaf: leaf is None)
-        if jax.config.jax_disable_jit or not any(tags):  # type: ignore[attr-defined]
+        shardings = jax.tree.leaves(at_use, is_leaf=lambda leaf: leaf is None)
+        if jax.config.jax_disable_jit or not any(shardings):  # type: ignore[attr-defined]
             return function(first, *rest)
         program, shapes = jax.make_jaxpr(function, return_shape=True)(first, *rest)
         leaves = jax.tree.leaves((first, *rest))
-        outputs, _ = _run(program.jaxpr, program.consts, leaves, [*tags, *[None] * (len(leaves) - len(tags))])
+        unchanged = [None] * (len(leaves) - len(shardings))
+        outputs, _ = _evaluate(program, leaves, [*shardings, *unchanged])
         return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
 
     return call
 
 
-def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], tags: Sequence[Tag]) -> tuple[list[Any], list[Tag]]:
-    """Runs a program, an equation after the other; what it gives, and how each of that is to lie where it is used."""
-    values: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-    tagged: dict[Any, Tag] = {variable: tag for variable, tag in zip(jaxpr.invars, tags, strict=True) if tag is not None}
+def _evaluate(program: Any, args: Sequence[Any], args_at_use: Sequence[AtUse]) -> tuple[list[Any], list[AtUse]]:
+    """Evaluates a program equation by equation. Returns its outputs, and the sharding of each where it is used."""
     used: set[Any] = set()
 
-    def of(atom: Any) -> Any:
-        return atom.val if isinstance(atom, jax.extend.core.Literal) else values[atom]
-
-    def tag_of(atom: Any) -> Tag:
-        return None if isinstance(atom, jax.extend.core.Literal) else tagged.get(atom)
-
-    for equation in jaxpr.eqns:
-        given, wanted = [of(atom) for atom in equation.invars], [tag_of(atom) for atom in equation.invars]
-        name = equation.primitive.name
-        after: list[Tag] = [None] * len(equation.outvars)
-        if not any(wanted) or name in REDUCTIONS:
-            found = bound(equation, given)
-        elif name in _INSIDE:
-            found, after = _INSIDE[name](equation, given, wanted)
-        elif name in NUMBER_BY_NUMBER:
-            found = bound(equation, given)
-            after = [_kept(out.aval.shape, equation.invars, wanted) for out in equation.outvars]
+    def apply(equation: Any, pairs: list[tuple[Any, AtUse]]) -> Sequence[tuple[Any, AtUse]]:
+        operands, shardings = [value for value, _ in pairs], [use for _, use in pairs]
+        name, split = (
+            equation.primitive.name,
+            {atom for atom, use in zip(equation.invars, shardings, strict=True) if use is not None},
+        )
+        results_at_use: list[AtUse] = [None] * len(equation.outvars)
+        higher_order = next((rule for test, rule in _HIGHER_ORDER if test(equation)), None)
+        if not any(shardings) or name in REDUCTIONS:
+            results = bind_equation(equation, operands)
+        elif higher_order is not None:
+            results, results_at_use = higher_order(equation, operands, shardings)
+            used.update(split)
+        elif name in UNCHANGED:
+            results, results_at_use = bind_equation(equation, operands), shardings
+        elif name in ELEMENTWISE:
+            results = bind_equation(equation, operands)
+            results_at_use = [_elementwise_at_use(out.aval.shape, equation.invars, shardings) for out in equation.outvars]
         elif name == "transpose":
-            found, after = bound(equation, given), [_transposed(wanted[0], equation.params["permutation"])]
+            results = bind_equation(equation, operands)
+            results_at_use = [_transposed(shardings[0], parameters(equation)["permutation"])]
         else:
-            again = any(tag is not None and atom in used for atom, tag in zip(equation.invars, wanted, strict=True))
-            used |= {atom for atom, tag in zip(equation.invars, wanted, strict=True) if tag is not None}
-            # Tied to the other operands a gathering can't be one with an earlier one, whose result would have to be kept.
-            tied = jax.lax.optimization_barrier(given) if again and not all(wanted) else given
-            found = bound(equation, [_gathered(value, tag) for value, tag in zip(tied, wanted, strict=True)])
-        values.update(zip(equation.outvars, found, strict=True))
-        tagged.update((out, tag) for out, tag in zip(equation.outvars, after, strict=True) if tag is not None)
-    return [of(atom) for atom in jaxpr.outvars], [tag_of(atom) for atom in jaxpr.outvars]
+            # The barrier ties a repeated gather to the other operands: merged with the first one, its result would be kept.
+            tied = jax.lax.optimization_barrier(operands) if split & used and not all(shardings) else operands
+            used.update(split)
+            results = bind_equation(equation, [_gather(value, use) for value, use in zip(tied, shardings, strict=True)])
+        return list(zip(results, results_at_use, strict=True))
+
+    results = interpret(program, list(zip(args, args_at_use, strict=True)), apply, lambda value: (value, None))
+    return [value for value, _ in results], [use for _, use in results]
 
 
-def _gathered(value: Any, tag: Tag) -> Any:
-    return value if tag is None else jax.lax.with_sharding_constraint(value, tag)
+def _gather(value: Any, at_use: AtUse) -> Any:
+    return value if at_use is None else jax.lax.with_sharding_constraint(value, at_use)
 
 
-def _kept(shape: tuple[int, ...], atoms: Sequence[Any], tags: Sequence[Tag]) -> Tag:
-    """The tag of the first operand of a result's shape that has one."""
-    return next((tag for atom, tag in zip(atoms, tags, strict=True) if tag is not None and atom.aval.shape == shape), None)
+def _elementwise_at_use(shape: tuple[int, ...], atoms: Sequence[Any], shardings: Sequence[AtUse]) -> AtUse:
+    """Returns the sharding at use of the first operand that has one and has the result's shape."""
+    operands = zip(atoms, shardings, strict=True)
+    return next((use for atom, use in operands if use is not None and atom.aval.shape == shape), None)
 
 
-def _transposed(tag: Tag, order: Sequence[int]) -> Tag:
-    assert tag is not None
-    parts = [*tag.spec, *[None] * (len(order) - len(tag.spec))]
-    return NamedSharding(tag.mesh, P(*(parts[axis] for axis in order)))
+def _transposed(at_use: AtUse, order: Sequence[int]) -> AtUse:
+    assert at_use is not None
+    parts = [*at_use.spec, *[None] * (len(order) - len(at_use.spec))]
+    return NamedSharding(at_use.mesh, P(*(parts[axis] for axis in order)))
 
 
-def _call(equation: Any, given: list[Any], tags: list[Tag]) -> tuple[list[Any], list[Tag]]:
-    inner = equation.params["jaxpr"]
-    return _run(inner.jaxpr, inner.consts, given, tags)
+def _call(equation: Any, operands: list[Any], shardings: list[AtUse]) -> tuple[list[Any], list[AtUse]]:
+    return _evaluate(called_program(equation), operands, shardings)
 
 
-def _rematerialized(equation: Any, given: list[Any], tags: list[Tag]) -> tuple[list[Any], list[Tag]]:
-    """The gathering goes inside: what is computed again is gathered again."""
-    after: list[Tag] = []
+def _checkpoint(equation: Any, operands: list[Any], shardings: list[AtUse]) -> tuple[list[Any], list[AtUse]]:
+    """Gathers inside the rematerialised program, so that recomputing gathers again."""
+    results_at_use: list[AtUse] = []
 
-    def inside(*args: Any) -> list[Any]:
-        outputs, found = _run(equation.params["jaxpr"], [], args, tags)
-        after[:] = found
+    def gathering(*args: Any) -> list[Any]:
+        outputs, outputs_at_use = _evaluate(called_program(equation), args, shardings)
+        results_at_use[:] = outputs_at_use
         return outputs
 
-    program = jax.make_jaxpr(inside)(*given)
-    assert not program.consts
-    with equation.ctx.manager:
-        found = equation.primitive.bind(*given, **{**equation.params, "jaxpr": program.jaxpr})
-    return list(found), after
+    return bind_checkpoint(equation, gathering, operands), results_at_use
 
 
-def _scanned(equation: Any, given: list[Any], tags: list[Tag]) -> tuple[list[Any], list[Tag]]:
-    """The gathering goes into the loop's body."""
-    params = equation.params
-    consts, carried = params["num_consts"], params["num_consts"] + params["num_carry"]
-    inner = params["jaxpr"]
-    sliced = [tag if tag is None else NamedSharding(tag.mesh, P(*tag.spec[1:])) for tag in tags[carried:]]
-    body_tags = [*tags[:carried], *sliced]
+def _scan(equation: Any, operands: list[Any], shardings: list[AtUse]) -> tuple[list[Any], list[AtUse]]:
+    """Gathers inside the loop's body."""
+    loop = scan(equation)
+    assert loop is not None
+    num_consts, num_carry = loop.num_consts, loop.num_carry
+    xs_start = num_consts + num_carry
+    sliced = [use if use is None else NamedSharding(use.mesh, P(*use.spec[1:])) for use in shardings[xs_start:]]
+    body_shardings = [*shardings[:xs_start], *sliced]
 
     def body(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
-        outputs, _ = _run(inner.jaxpr, inner.consts, [*given[:consts], *carry, *x], body_tags)
-        return outputs[: params["num_carry"]], outputs[params["num_carry"] :]
+        outputs, _ = _evaluate(loop.body, [*operands[:num_consts], *carry, *x], body_shardings)
+        return outputs[:num_carry], outputs[num_carry:]
 
-    options = {name: params[name] for name in ("length", "reverse", "unroll")}
-    carry, outputs = jax.lax.scan(body, given[consts:carried], given[carried:], **options)
-    return [*carry, *outputs], [*tags[consts:carried], *[None] * len(outputs)]
+    options = {"length": loop.length, "reverse": loop.reverse, "unroll": loop.unroll}
+    carry, outputs = jax.lax.scan(body, operands[num_consts:xs_start], operands[xs_start:], **options)
+    return [*carry, *outputs], [*shardings[num_consts:xs_start], *[None] * len(outputs)]
 
 
-_INSIDE = {"jit": _call, "checkpoint": _rematerialized, "remat2": _rematerialized, "scan": _scanned}
+_HIGHER_ORDER = ((is_plain_call, _call), (is_checkpoint, _checkpoint), (scan, _scan))

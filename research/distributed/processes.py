@@ -1,6 +1,6 @@
-"""Several processes that train as one: joined by `jax.distributed`, refused where they differ, kept in step.
+"""Several processes that train as one, connected by `jax.distributed`: checked for differences and kept in step.
 
-With one process everything here is what it would be without it, and costs nothing.
+In a single process every function here returns its input, or runs the given function, at no cost.
 """
 
 import contextlib
@@ -24,21 +24,21 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-from research.rollcall import GRACE, call, is_here
-from research.state import Refused
+from research.core.state import InvalidArgument
+from research.distributed.rendezvous import GRACE_SECONDS, is_loopback, wait_for_peers
 
-# What XLA says, in several places and spellings, where a connection to another process ends.
-_GONE = re.compile(
+# XLA's messages, which differ from place to place, when the connection to another process ends.
+_CONNECTION_LOST = re.compile(
     r"gloo.*failed|connection (reset|closed|refused)|socket closed|broken pipe|heartbeat|coordination", re.I | re.S
 )
 
 
-def manager(environ: Mapping[str, str]) -> str | None:
-    """Whose environment says that this process is one of several: a cluster manager's name, or None.
+def cluster_manager(environ: Mapping[str, str]) -> str | None:
+    """Returns the name of the cluster manager whose environment variables make this one of several processes, or None.
 
-    JAX knows these managers and asks them for the rest: where the first process is, how many there are, which one this is.
+    JAX reads the rest from the same variables: the coordinator's address, the number of processes and the number of this one.
 
-    >>> manager({"OMPI_COMM_WORLD_SIZE": "4"}), manager({"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "1"})
+    >>> cluster_manager({"OMPI_COMM_WORLD_SIZE": "4"}), cluster_manager({"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "1"})
     ('Open MPI', None)
     """
     if environ.get("JAX_PLATFORMS", "").startswith("tpu") or "JAX_PLATFORMS" not in environ:
@@ -57,63 +57,67 @@ def manager(environ: Mapping[str, str]) -> str | None:
 
 
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None, timeout: int = 300) -> None:
-    """Joins the other processes of a training, before JAX is used for anything.
+    """Connects this process with the others of a training. Call it before anything else uses JAX.
 
-    Where the first process listens (`host:port`), how many there are and which one this is come from the cluster's manager where
-    none of them is given; with neither, this is a process on its own. Waits `timeout` seconds for the others. Raises `Refused`
-    where only some are given and where they make no sense, `Left` where not all processes have come.
+    `coordinator` is the first process' address (`host:port`), `processes` their number and `process` the number of this one,
+    from 0. If none is given they come from the cluster manager; without one this is a single process. Waits up to `timeout`
+    seconds for the others. Raises `InvalidArgument` if only some are given or they contradict each other, and `PeerLost` if
+    processes are missing.
 
     >>> join(processes=2)
     Traceback (most recent call last):
-    research.state.Refused: processes: coordinator is missing; expected coordinator, processes and process, ...
+    research.core.state.InvalidArgument: processes: coordinator is missing; expected coordinator, processes and process, ...
     """
-    told = {"coordinator": coordinator, "processes": processes, "process": process}
-    missing = [name for name, value in told.items() if value is None]
-    found = manager(os.environ) if len(missing) == len(told) else None
-    if jax.distributed.is_initialized() or (len(missing) == len(told) and found is None):
+    arguments = {"coordinator": coordinator, "processes": processes, "process": process}
+    missing = [name for name, value in arguments.items() if value is None]
+    manager = cluster_manager(os.environ) if len(missing) == len(arguments) else None
+    if jax.distributed.is_initialized() or (len(missing) == len(arguments) and manager is None):
         return
-    if missing and found is None:
-        raise Refused(f"processes: {missing[0]} is missing; expected coordinator, processes and process, or none of them.")
+    if missing and manager is None:
+        raise InvalidArgument(
+            f"processes: {missing[0]} is missing; expected coordinator, processes and process, or none of them."
+        )
     if processes is not None and process is not None and not 0 <= process < processes:
-        raise Refused(f"processes: this one is number {process} of {processes}; expected a number from 0 to {processes - 1}.")
+        raise InvalidArgument(f"processes: process is {process} of {processes}; expected a number from 0 to {processes - 1}.")
     if coordinator is not None and processes is not None and process is not None:
-        call(coordinator, processes, process, timeout)
-    # CPU programs that do not depend on one another would run in any order, another in each process: their messages would mix.
+        wait_for_peers(coordinator, processes, process, timeout)
+    # Independent CPU programs would run in any order, in each process another one, and their messages would mix.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    # JAX, too, gives up where somebody is missing, by aborting the process without a word on what to do.
-    where = f"at {coordinator}" if found is None else f"as {found} tells"
-    alarm = threading.Timer(timeout, _give_up, [f"not all of them came together {where} within {timeout} s"])
+    # If a process is missing JAX aborts this one without advice on what to do: the timer ends it first.
+    where = f"at {coordinator}" if manager is None else f"as {manager} announced"
+    alarm = threading.Timer(timeout, _give_up, [f"not all processes connected {where} within {timeout} s"])
     alarm.daemon = True
     alarm.start()
     try:
-        detection = "deactivate" if found is None else None
-        options = {"initialization_timeout": timeout + GRACE, "cluster_detection_method": detection}
-        if coordinator is not None and is_here(coordinator.rpartition(":")[0]):
+        detection = "deactivate" if manager is None else None
+        options = {"initialization_timeout": timeout + GRACE_SECONDS, "cluster_detection_method": detection}
+        if coordinator is not None and is_loopback(coordinator.rpartition(":")[0]):
             options["coordinator_bind_address"] = coordinator
         jax.distributed.initialize(coordinator, processes, process, **options)  # type: ignore[arg-type]
-    except Exception as error:  # JAX raises whatever its parts do
-        raise Refused(f"processes: they can't be joined ({' '.join(str(error).split())[:300]}).") from error
+    except Exception as error:  # JAX raises whatever its parts raise
+        reason = " ".join(str(error).split())[:300]
+        raise InvalidArgument(f"processes: they can't be connected ({reason}); check address, count and numbers.") from error
     finally:
         alarm.cancel()
 
 
 def _give_up(reason: str) -> None:
-    sys.stderr.write(f"error: processes: {reason}; look whether each was started, then run the same again.\n")
+    sys.stderr.write(f"error: processes: {reason}; check that each was started, then run the same again.\n")
     sys.stderr.flush()
     os._exit(75)
 
 
-def lost(error: Exception) -> bool:
-    """Whether an error says that another process is gone.
+def is_peer_failure(error: Exception) -> bool:
+    """Returns whether an error means that another process is gone.
 
-    >>> lost(ValueError("Gloo all-reduce failed: Connection reset by peer"))  # this process is alone: nobody can be lost
+    >>> is_peer_failure(ValueError("Gloo all-reduce failed: Connection reset by peer"))  # False in a single process
     False
     """
-    return jax.process_count() > 1 and _GONE.search(str(error)) is not None
+    return jax.process_count() > 1 and _CONNECTION_LOST.search(str(error)) is not None
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and speaks for all.
+    """Returns whether this is process 0, which writes files and prints for all.
 
     >>> is_first()
     True
@@ -121,10 +125,10 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def gathered(text: str) -> list[str]:
-    """What each process hands in, in their order. All have to call it, at the same place.
+def allgather_text(text: str) -> list[str]:
+    """Returns the text of every process, in their order. All processes must call it at the same point.
 
-    >>> gathered("alone")
+    >>> allgather_text("alone")
     ['alone']
     """
     if jax.process_count() == 1:
@@ -137,104 +141,116 @@ def gathered(text: str) -> list[str]:
     return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
 
 
-def shared(function: Callable[[], Any]) -> Any:
-    """What a function gives in the first process, for all of them: plain values, as in JSON. Others do not run it.
+def broadcast_from_first(function: Callable[[], Any]) -> Any:
+    """Calls a function in process 0 and returns its result, a JSON value, in all processes.
 
-    Where it raises `Refused`, all processes do.
+    If it raises `InvalidArgument`, all processes do.
 
-    >>> shared(lambda: {"step": 3})
+    >>> broadcast_from_first(lambda: {"step": 3})
     {'step': 3}
     """
     if jax.process_count() == 1:
         return function()
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     if is_first():
         try:
-            found = {"value": function()}
-        except Refused as refusal:
-            found = {"refused": str(refusal)}
-    found = json.loads(gathered(json.dumps(found))[0])
-    if "refused" in found:
-        raise Refused(found["refused"])
-    return found["value"]
+            result = {"value": function()}
+        except InvalidArgument as error:
+            result = {"error": str(error)}
+    result = json.loads(allgather_text(json.dumps(result))[0])
+    if "error" in result:
+        raise InvalidArgument(result["error"])
+    return result["value"]
 
 
-def alike(facts: Mapping[str, Any]) -> None:
-    """Raises `Refused` in every process where one was started with other facts than the first: named, with what differs.
+def check_same(facts: Mapping[str, Any]) -> None:
+    """Raises `InvalidArgument` in every process if the facts of one differ from those of process 0; names what differs.
 
-    >>> alike({"revision": "abc", "batch_size": 32})
+    >>> check_same({"revision": "abc", "batch_size": 32})
     """
-    everyones = [json.loads(text) for text in gathered(json.dumps(facts, default=str, sort_keys=True))]
-    for process, theirs in enumerate(everyones):
-        ours = everyones[0]
-        differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    first, *others = [json.loads(text) for text in allgather_text(json.dumps(facts, default=str, sort_keys=True))]
+    for process, remote in enumerate(others, 1):
+        differing = [name for name in {**first, **remote} if first.get(name) != remote.get(name)]
         if differing:
-            told = ", ".join(f"{name} is {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in differing)
-            raise Refused(f"process {process} is not like process 0: {told}; start all of them with the same code and options.")
+            differences = ", ".join(f"{name} is {remote.get(name)!r}, not {first.get(name)!r}" for name in differing)
+            raise InvalidArgument(
+                f"process {process} differs from process 0: {differences}; start all of them with the same code and options."
+            )
 
 
-def lowest(first: int) -> Callable[[int], int]:
-    """A function that gives the least of what all processes handed to it the call before, and `first` at the first call.
+def lagged_min(first: int) -> Callable[[int], int]:
+    """Returns a function that gives the minimum of all processes' arguments of the previous call, and `first` at the first call.
 
-    One call late, so that nobody waits for the device: what it needs was done while the steps between were. All have to call it,
-    as often and at the same places; alone, the answer is what is handed in.
+    It lags one call so that no process waits for the device: the reduction runs while the host goes on. All processes must call
+    it equally often and at the same points. In a single process it returns its argument, without a lag.
 
-    >>> least = lowest(7)
-    >>> least(3), least(5)
+    >>> minimum = lagged_min(7)
+    >>> minimum(3), minimum(5)
     (3, 5)
     """
-    count = jax.process_count()
-    if count == 1:
+    if jax.process_count() == 1:
         return lambda value: value
     mesh = Mesh(np.array(jax.devices()), ("device",))
-    least = jax.jit(jnp.min, out_shardings=NamedSharding(mesh, P()))
-    before: list[Any] = [first]
+    minimum = jax.jit(jnp.min, out_shardings=NamedSharding(mesh, P()))
+    pending: list[Any] = [first]
 
     def call(value: int) -> int:
-        said = NamedSharding(mesh, P("device"))
-        before.append(least(jax.make_array_from_callback((mesh.size,), said, lambda _: np.array([value], np.int32))))
-        return int(before.pop(0))
+        sharding = NamedSharding(mesh, P("device"))
+        local = jax.make_array_from_callback((mesh.size,), sharding, lambda _: np.array([value], np.int32))
+        pending.append(minimum(local))
+        return int(pending.pop(0))
 
     return call
 
 
-def agreed(ask: Callable[[], bool]) -> Callable[[], bool]:
-    """The question whether to stop, put to all processes: yes where one of them says so, for all at the same place.
+def any_process(condition: Callable[[], bool]) -> Callable[[], bool]:
+    """Returns a function that returns whether the condition held in any process, at the same point in all of them.
 
-    >>> agreed(lambda: True)()
+    It lags one call, see `lagged_min`.
+
+    >>> any_process(lambda: True)()
     True
     """
-    least = lowest(1)
-    return lambda: not least(int(not ask()))
+    minimum = lagged_min(1)
+    return lambda: not minimum(int(not condition()))
 
 
-def whole(tree: PyTree) -> PyTree:
-    """The same arrays with every number in every process, as NumPy arrays: for what looks at them outside of programs.
+def to_host(tree: PyTree) -> PyTree:
+    """Returns the arrays with all their elements in every process, as NumPy arrays, for use outside of compiled programs.
 
-    With one process they are handed back as they are. All processes have to call it.
+    A single process gets them back unchanged. Of several processes each gets typed keys as arrays of its own device, since NumPy
+    has none. All processes must call it.
 
-    >>> whole({"weight": jnp.ones(2)})
+    >>> to_host({"weight": jnp.ones(2)})
     {'weight': Array([1., 1.], dtype=float32)}
     """
     if jax.process_count() == 1:
         return tree
 
     def gather(leaf: Any) -> Any:
-        if not isinstance(leaf, jax.Array) or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # keys are whole everywhere
+        if not isinstance(leaf, jax.Array):
             return leaf
-        if not leaf.is_fully_addressable and not leaf.is_fully_replicated:
-            assert isinstance(leaf.sharding, NamedSharding)
-            leaf = jax.jit(lambda x: x, out_shardings=NamedSharding(leaf.sharding.mesh, P()))(leaf)
-        return np.asarray(leaf)
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(gather(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+        if leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return np.asarray(leaf)
+        if isinstance(leaf.sharding, NamedSharding):
+            return np.asarray(jax.jit(lambda x: x, out_shardings=NamedSharding(leaf.sharding.mesh, P()))(leaf))
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
     return jax.tree.map(gather, tree)
 
 
 @contextlib.contextmanager
-def own(directory: Path) -> Iterator[Path]:
-    """Where a process writes what only one is to write: the directory, and in all but the first one that is thrown away."""
+def process_directory(directory: Path) -> Iterator[Path]:
+    """Yields the directory in process 0, and in the others a temporary one: for files that only one process should write.
+
+    >>> with process_directory(Path("runs/1")) as directory:
+    ...     directory.as_posix()
+    'runs/1'
+    """
     if is_first():
         yield directory
         return
-    with tempfile.TemporaryDirectory(prefix="process-") as scratch:
-        yield Path(scratch)
+    with tempfile.TemporaryDirectory(prefix="process-") as temporary:
+        yield Path(temporary)

@@ -1,102 +1,111 @@
-"""Who of several processes is there: asked before they are joined, because JAX only says that somebody is not."""
+"""Waits for all processes before `jax.distributed` connects them: JAX reports that one is missing, but not which."""
 
 import contextlib
 import socket
 import time
 
-from research.state import Refused
+from research.core.state import InvalidArgument
 
-GRACE = 60  # seconds for those who came to hear that others did not
-WRONG = "wrong: "  # how an answer begins that is about what was started, not about who is missing
-
-
-class Left(Refused):
-    """The other processes did not come, or went: nothing is wrong with this one, and it may be run again."""
+GRACE_SECONDS = 60  # seconds in which processes that are present learn that others are missing
+WRONG_USAGE = "wrong: "  # prefix of an answer about how processes were started, not about missing ones
+COMPLETE = "all"  # the answer when all are present
 
 
-def call(coordinator: str, processes: int, process: int, timeout: int) -> None:
-    """Returns when all processes are here, at the address where JAX will have them a moment later.
+class PeerLost(InvalidArgument):
+    """Raised where other processes are missing or gone: this one is fine and may be run again.
 
-    `coordinator` is the first one's host:port, `process` which this one is, from 0. Raises `Left`, in all that are here, where
-    some have not come within `timeout` seconds: it names them. Raises `Refused` for an address that is none or is taken, and
-    where two have the same number or they do not expect the same number of processes.
+    >>> issubclass(PeerLost, InvalidArgument)
+    True
+    """
 
-    >>> call("localhost", processes=1, process=0, timeout=1)
+
+def wait_for_peers(coordinator: str, processes: int, process: int, timeout: int) -> None:
+    """Returns when all processes are present, at the address that JAX uses a moment later.
+
+    `coordinator` is the host:port of the first process, `process` the number of this one, from 0. Raises `PeerLost` in every
+    process that is present if others do not connect within `timeout` seconds, and names them. Raises `InvalidArgument` for an
+    address that is malformed or in use, and if two processes have the same number or disagree on the number of processes.
+
+    >>> wait_for_peers("localhost", processes=1, process=0, timeout=1)
     Traceback (most recent call last):
-    research.state.Refused: processes: the coordinator is 'localhost'; expected host:port, such as 10.0.0.1:1234.
+    research.core.state.InvalidArgument: processes: the coordinator is 'localhost'; expected host:port, such as 10.0.0.1:1234.
     """
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
-        raise Refused(f"processes: the coordinator is {coordinator!r}; expected host:port, such as 10.0.0.1:1234.")
-    until = time.monotonic() + timeout
+        raise InvalidArgument(f"processes: the coordinator is {coordinator!r}; expected host:port, such as 10.0.0.1:1234.")
+    deadline = time.monotonic() + timeout
     if process == 0:
-        told = _hear(host if is_here(host) else "", int(port), processes, until)
+        answer = _serve(host if is_loopback(host) else "", int(port), processes, deadline)
     else:
-        told = _answer(host.strip("[]"), int(port), process, processes, until)
-    if told.startswith(WRONG):
-        raise Refused(f"processes: {told.removeprefix(WRONG)}; give each its own number and all the same count.")
-    if told != "all":
-        raise Left(f"processes: within {timeout} s {told}; look whether each was started, then run the same again.")
+        answer = _connect(host.strip("[]"), int(port), process, processes, deadline)
+    if answer.startswith(WRONG_USAGE):
+        raise InvalidArgument(
+            f"processes: {answer.removeprefix(WRONG_USAGE)}; give each process its own number and all the same count."
+        )
+    if answer != COMPLETE:
+        raise PeerLost(f"processes: within {timeout} s {answer}; check that each was started, then run the same again.")
 
 
-def is_here(host: str) -> bool:
-    """Whether an address is this machine's own, which no other reaches: then nobody else is listened to.
+def is_loopback(host: str) -> bool:
+    """Returns whether a host is this machine's own loopback address, which other machines can't reach.
 
-    >>> is_here("127.0.0.1"), is_here("10.0.0.1")
+    >>> is_loopback("127.0.0.1"), is_loopback("10.0.0.1")
     (True, False)
     """
     return host in ("localhost", "127.0.0.1")
 
 
-def _hear(host: str, port: int, processes: int, until: float) -> str:
-    """The first process' part: hears the others, and tells them how it ended."""
-    heard: dict[int, socket.socket] = {}
-    told = "all"
+def _serve(host: str, port: int, processes: int, deadline: float) -> str:
+    """Waits for the other processes, in the first one, and returns the answer that all of them get."""
+    connections: dict[int, socket.socket] = {}
+    answer = COMPLETE
     try:
-        listening = socket.create_server((host, port), backlog=min(processes, 4096))
+        server = socket.create_server((host, port), backlog=min(processes, 4096))
     except OSError as error:
-        raise Refused(f"processes: port {port} can't be listened at ({error.strerror}); choose another for all.") from error
-    with listening:
-        while len(heard) < processes - 1:
-            listening.settimeout(max(until - time.monotonic(), 0.01))
+        raise InvalidArgument(
+            f"processes: can't listen on port {port} ({error.strerror}); choose another one for all processes."
+        ) from error
+    with server:
+        while len(connections) < processes - 1:
+            server.settimeout(max(deadline - time.monotonic(), 0.01))
             try:
-                connection, _ = listening.accept()
+                connection, _ = server.accept()
                 connection.settimeout(5)
                 number, expected = map(int, connection.makefile().readline().split())
             except TimeoutError:
-                if time.monotonic() < until:
-                    continue  # somebody who connected and said nothing
-                missing = ", ".join(str(i) for i in range(1, processes) if i not in heard)
-                told = f"process {missing} of {processes} did not come"
+                if time.monotonic() < deadline:
+                    continue  # a client that connected and sent nothing
+                missing = ", ".join(str(i) for i in range(1, processes) if i not in connections)
+                answer = f"process {missing} of {processes} did not connect"
                 break
             except (OSError, ValueError):
-                continue  # somebody else
-            if expected != processes or number in heard:
-                what = "came twice" if number in heard else f"expected {expected} of them, not {processes}"
-                told = f"{WRONG}process {number} {what}"
-                heard[-1] = connection
+                continue  # a client that is not one of the processes
+            if expected != processes or number in connections:
+                problem = "connected twice" if number in connections else f"expects {expected} processes, process 0 {processes}"
+                answer = f"{WRONG_USAGE}process {number} {problem}"
+                connections[-1] = connection
                 break
-            heard[number] = connection
-        for connection in heard.values():
+            connections[number] = connection
+        for connection in connections.values():
             with contextlib.suppress(OSError):
-                connection.sendall(f"{told}\n".encode())
-        for connection in heard.values():
+                connection.sendall(f"{answer}\n".encode())
+        for connection in connections.values():
             with connection, contextlib.suppress(OSError):
-                connection.recv(1)  # the other side closes first: the port is free at once
-    return told
+                connection.recv(1)  # the client closes first, so that the port is free at once
+    return answer
 
 
-def _answer(host: str, port: int, process: int, processes: int, until: float) -> str:
-    """The part of every other process."""
-    while time.monotonic() < until:
+def _connect(host: str, port: int, process: int, processes: int, deadline: float) -> str:
+    """Connects to the first process and returns its answer."""
+    while time.monotonic() < deadline:
         try:
-            with socket.create_connection((host, port), timeout=max(until - time.monotonic(), 0.01)) as connection:
+            with socket.create_connection((host, port), timeout=max(deadline - time.monotonic(), 0.01)) as connection:
                 connection.sendall(f"{process} {processes}\n".encode())
-                connection.settimeout(max(until + GRACE - time.monotonic(), 0.01))
-                told = connection.makefile().readline().strip()
-                if told:
-                    return told
+                connection.settimeout(max(deadline + GRACE_SECONDS - time.monotonic(), 0.01))
+                answer = connection.makefile().readline().strip()
+                if answer:
+                    return answer
         except OSError:
-            pass  # it is not there yet
+            pass  # process 0 does not listen yet
         time.sleep(0.1)
     return f"process 0 of {processes} did not answer at {host}:{port}"
