@@ -1,26 +1,26 @@
-"""What the compilers are told by default, as those who make the chips advise or as measured; in one place."""
+"""The compiler flags that are set by default: recommended by the hardware vendors, or measured here."""
 
 from collections.abc import Mapping, MutableMapping
 
-# Of every platform at once: each compiler reads its own. None for TPUs: what MaxText and MaxDiffusion pass for asynchronous
-# collectives is libtpu's default by now (0.0.42 compiles the same program with and without).
-ADVISED: Mapping[str, tuple[str, ...]] = {
+# For all platforms at once: each compiler reads only its own flags. None for TPUs: what MaxText and MaxDiffusion pass for
+# asynchronous collectives is the default of libtpu (0.0.42 compiles the same program with and without).
+RECOMMENDED_FLAGS: Mapping[str, tuple[str, ...]] = {
     "XLA_FLAGS": (
-        # Computation goes on while devices talk (JAX: "GPU performance tips"; NVIDIA's JAX images have it on).
+        # Computation continues while devices communicate (JAX: "GPU performance tips"; NVIDIA's JAX images enable it).
         "--xla_gpu_enable_latency_hiding_scheduler=true",
     ),
 }
 
 
-def advise(environment: MutableMapping[str, str]) -> None:
-    """Adds the advised flags to an environment, before those that it has: of a flag given twice the last counts.
+def add_recommended_flags(environment: MutableMapping[str, str]) -> None:
+    """Adds the recommended flags to an environment, before its existing ones, which win: the last of repeated flags counts.
 
-    Compilers read them when JAX first looks for devices, so this comes before.
+    Call it before JAX first looks for devices, when compilers read their flags.
 
     >>> environment = {"XLA_FLAGS": "--xla_gpu_enable_latency_hiding_scheduler=false"}
-    >>> advise(environment)
+    >>> add_recommended_flags(environment)
     >>> environment["XLA_FLAGS"].split()[-1]
     '--xla_gpu_enable_latency_hiding_scheduler=false'
     """
-    for name, flags in ADVISED.items():
+    for name, flags in RECOMMENDED_FLAGS.items():
         environment[name] = " ".join([*flags, *environment.get(name, "").split()])

@@ -1,8 +1,8 @@
-"""The fold over batches: train, evaluate and predict with any learner."""
+"""The training loop: train, evaluate and predict with any learner."""
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -10,22 +10,53 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from research.compiled import Training, evaluation, kept, prediction, sparing, training
-from research.data import Batches
-from research.feed import IN_FLIGHT, Ahead, Pace, Piece, brought, kind, numbered, pieces, stretches
-from research.processes import lowest, whole
-from research.state import Refused
-from research.step import Learner
+from research.core.learner import Learner
+from research.data.batches import Batches
+from research.data.prefetch import (
+    IN_FLIGHT,
+    Chunk,
+    DispatchPacer,
+    Prefetcher,
+    batch_chunks,
+    chunk_bounds,
+    row_chunks,
+    signature,
+    to_device,
+)
+from research.distributed.processes import lagged_min, to_host
+from research.training.arguments import (
+    check_callables,
+    check_data,
+    check_evaluations,
+    check_learner,
+    check_schedule,
+    check_state,
+)
+from research.training.bad_steps import BadStep, Watch, Watched
+from research.training.errors import naming_shared_leaves
+from research.training.labels import checked_labels
+from research.training.programs import (
+    TrainProgram,
+    evaluate_program,
+    jit_without_copies,
+    predict_program,
+    train_program,
+    weak_cache,
+)
 
-# Batches of an evaluation from one wait for the device to the next. Without any, batches would pile up on the device, and of
-# several devices on a CPU some would never get a thread, which ends in all waiting for each other.
-AWAITED = 8
+# An evaluation waits for the device after so many batches. Without that, batches would pile up in device memory, and simulated
+# CPU devices would deadlock: some would never get a thread, and the others would wait for them in a collective.
+MAX_PENDING_BATCHES = 8
 
 Hook = Callable[[int, Any, dict[str, Any]], Any]  # (steps done, state, logs) -> state or None
 
 
-class Entry(NamedTuple):
-    """What is known after so many steps, of one split, as plain numbers."""
+class LogEntry(NamedTuple):
+    """The logs of one split ("train", "val", ...) after `step` steps, as Python floats. `epoch` counts from 0.
+
+    >>> LogEntry(step=10, epoch=0, split="train", values={"loss": 0.5}).values["loss"]
+    0.5
+    """
 
     step: int
     epoch: int
@@ -34,7 +65,11 @@ class Entry(NamedTuple):
 
 
 class Stopped(Exception):
-    """Somebody asked to stop: what to go on from."""
+    """Training was stopped on request. Holds the step, state and logs to resume from, where there are any.
+
+    >>> str(Stopped(7))
+    'stopped after step 7'
+    """
 
     def __init__(self, step: int = 0, state: Any = None, logs: dict[str, Any] | None = None) -> None:
         super().__init__(f"stopped after step {step}")
@@ -50,164 +85,182 @@ def train(
     state: Any = None,
     start: int = 0,
     log_every: int | None = None,
-    log: Callable[[Entry], None] | None = None,
+    log: Callable[[LogEntry], None] | None = None,
     evaluations: Mapping[str, Batches] | None = None,
     hooks: Sequence[tuple[int, Hook]] = (),
     logs: dict[str, Any] | None = None,
     stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int, float], None] = lambda step, waited: None,
-) -> tuple[Any, dict[str, float]]:
-    """Folds the learner's step over `steps` batches, or over `epochs`. Returns the state and the last values of every split.
+    watch: Watch | None = None,
+) -> tuple[Any, dict[str, Any]]:
+    """Trains a learner for a number of steps or epochs, whichever ends first. Returns the state and the last logs of all splits.
 
-    Metrics are reset at the start of each epoch; at its end, every data set of `evaluations` is evaluated. `log` receives an
-    `Entry` after the first step, every `log_every` steps and at the end of an epoch, always once the following steps were
-    dispatched: the device never waits for it. A hook `(every, hook)` is called after each `every`-th step and the last, before
-    the next is dispatched; what it returns (if not None) is the state from there on; the state it sees is gone after that.
+    Metrics are reset at the start of each epoch. At its end, every data set of `evaluations` (split -> data) is evaluated. `log`
+    is called with a `LogEntry` after the first step, every `log_every` steps and at the end of an epoch, always after the next
+    steps were dispatched, so that the device never waits for it. A hook `(every, hook)` is called after every `every`-th step
+    and the last one, before the next dispatch and after the logs of all earlier steps: a checkpoint that it writes has them
+    behind it. If it returns a state, training continues with that. The state that it receives is donated afterwards; copy what
+    has to outlive the call.
 
-    Between two hooks as many steps are dispatched at once as take about a tenth of a second, which changes no bit of the result.
-    After each dispatch `progress` is told how many steps are under way or done, and how many seconds were spent waiting for
-    batches, and `stop` is asked; where it says so, `Stopped` is raised with the state and the logs to go on from.
+    Between two hooks, one dispatch runs as many steps as take about 0.1 seconds, with bitwise equal results. After each dispatch
+    `progress` is called with the number of dispatched steps and the seconds spent waiting for batches, then `stop`. If `stop`
+    returns True, `Stopped` is raised with the state and the logs to resume from.
 
-    `state` goes on from somewhere else (by default `learner.init()`), `start` is the number of steps it has behind it; `logs`,
-    where given, are those of step `start`, and what is due there is logged and evaluated again. The state is donated: use the
-    one that is returned. Raises `Refused` where a batch does not fit the learner, before anything is run.
+    `watch(first, steps, logs, all_logs)` is called for each dispatch, in order, once the device has computed it, and before logs
+    of it are reported or a hook runs on its state: with its first step, counted from 1, its number of steps, the logs of its last
+    step, and those of all its steps, stacked, None if it is a single one. It, or a hook, may raise `BadStep`: logs of earlier
+    steps are then reported, those of that step and later ones are not, and the error is passed on.
 
-    >>> import jax.numpy as jnp, keras, numpy as np, research
+    To resume, pass the `state` (default: `learner.init()`), its number of steps as `start`, and the `logs` of that step to log
+    and evaluate again what is due there. `state` is donated: use the returned one. Raises `InvalidArgument` before the first
+    step if a batch does not fit the learner or the learner's code fails (see `programs.checked`), and for labels that the
+    learner has no class for: before the first step in data on the device, otherwise with the batch (see `labels.checked_labels`).
+
+    >>> import keras, numpy as np, research
     >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     >>> learner = research.supervised(model, loss="mse", optimizer="sgd")
     >>> x = np.linspace(-1, 1, 64, dtype="float32")[:, None]
-    >>> state, logs = train(learner, research.arrays(x, 2 * x), epochs=600)
+    >>> state, logs = train(learner, research.from_arrays(x, 2 * x), epochs=600)
     >>> logs["loss"] < 1e-3, round(float(state.trainable[0][0, 0]), 1)
     (True, 2.0)
     """
-    total = _total(steps, epochs, data)
+    check_learner("train", learner)
+    check_data("train", data)
+    check_schedule(steps, epochs, start, log_every, hooks)
+    check_evaluations(evaluations or {})
+    check_callables("train", log=log, stop=stop, progress=progress, watch=watch or (lambda *_: None))
+    total = _total_steps(steps, epochs, data)
     state = learner.init() if state is None else state
-    trained = training(learner, data, state)
-    evaluators = {split: evaluator(learner, held, state, stop) for split, held in (evaluations or {}).items()}
-    last: dict[str, float] = {}
-    pending: list[tuple[int, str, dict[str, Any], int | None]] = []
-
-    def read() -> None:
-        for step, split, logs, slot in pending:
-            values = _numbers(logs, slot)
-            last.update({name if split == "train" else f"{split}_{name}": value for name, value in values.items()})
-            if log is not None:
-                log(Entry(step, (step - 1) // data.steps_per_epoch, split, values))
-        pending.clear()
-
-    def ends(step: int) -> bool:
-        return step % data.steps_per_epoch == 0 or step == total
-
-    def note(first: int, done: int, state: Any, logs: PyTree, each: PyTree = None) -> None:
-        """Puts down what is due after steps `first` to `done`, to be read later: the logs of `done`, and those of each."""
-        due = set() if log_every is None else set(range(first + -first % log_every, done + 1, log_every))
-        due |= {1} if first == 1 and log is not None else set()
-        due |= {done} if ends(done) else set()
-        for step in sorted(due):
-            pending.append((step, "train", logs, None) if step == done else (step, "train", each, step - first))
-        if ends(done):
-            pending.extend((done, split, evaluate(state), None) for split, evaluate in evaluators.items())
-        for value in [value for _, _, logs, _ in pending for value in logs.values() if isinstance(value, jax.Array)]:
-            value.copy_to_host_async()
-
-    done, pace = start, Pace(lowest(1))
-    plan = stretches(start, total, [data.steps_per_epoch, *(every for every, _ in hooks)], pace, trained.capacity)
+    check_state("train", learner, state)
+    program = train_program(learner, data, state)
+    data = checked_labels(learner, data, "train", _resident_source)
+    evaluators = {split: evaluator(learner, batches, state, stop, split) for split, batches in (evaluations or {}).items()}
+    pending = _PendingLogs(data.steps_per_epoch, total, log_every, log, evaluators)
+    done, pacer = start, DispatchPacer(lagged_min(1))
+    watched = Watched(watch)
+    periods = [every for every, _ in hooks]
+    bounds = chunk_bounds(start, total, [data.steps_per_epoch, *periods], pacer, program.capacity)
+    bounds = _split_before_hooks(bounds, periods, total, pending.due)
     try:
         if logs is not None and start:
-            note(start, start, state, logs)
-        with _fed(trained, data, plan) as (run, feed):
-            for piece in feed:
-                with jax.profiler.StepTraceAnnotation("train", step_num=piece.start):
-                    state, logs, each = run(state, piece)
-                read()  # the logs of earlier steps, now that these are on their way
-                done = piece.start + piece.steps
+            pending.schedule(start, start, logs)
+            pending.evaluate(start, state)
+        with _feed(program, data, bounds) as (run, chunks):
+            for chunk in chunks:
+                annotation = jax.profiler.StepTraceAnnotation("train", step_num=chunk.start)
+                with annotation, naming_shared_leaves(state, learner.names):
+                    state, logs, all_logs = run(state, chunk)
+                watched.add(chunk.start + 1, chunk.steps, logs, all_logs)
+                if pending.entries:
+                    watched.check(later=1)
+                pending.flush()  # the logs of earlier steps, now that the device is busy again
+                done = chunk.start + chunk.steps
+                pending.schedule(chunk.start + 1, done, logs, all_logs)
                 for every, hook in hooks:
                     if done % every == 0 or done == total:
-                        changed = hook(done, state, logs)
-                        state = state if changed is None else changed
-                note(piece.start + 1, done, state, logs, each)
-                progress(done, feed.waited)
+                        watched.check(later=0)
+                        new_state = hook(done, state, logs)
+                        state = state if new_state is None else new_state
+                pending.evaluate(done, state)
+                progress(done, chunks.waited)
                 if stop() and done < total:
+                    watched.check(later=0)
                     raise Stopped
-                pace.dispatched(logs, piece.steps)
+                pacer.dispatched(logs, chunk.steps)
+                watched.check(later=IN_FLIGHT)
+            watched.check(later=0)
+    except BadStep as bad:
+        pending.discard(bad.step)
+        pending.flush()
+        raise
     except Stopped:
-        pending[:] = [each for each in pending if each[0] < done]  # going on logs the others
-        read()
+        pending.discard(done)  # the resumed training logs that step
+        pending.flush()
         raise Stopped(done, state, logs) from None
-    read()
-    return state, last
+    pending.flush()
+    return state, pending.last
 
 
-def evaluate(learner: Learner, data: Batches, state: Any, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
-    """The logs of one pass over `data`, from empty metrics. The state is neither changed nor donated.
+def evaluate(learner: Learner, data: Batches, state: Any, stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+    """Returns the logs of one pass over `data`, starting from reset metrics. The state is neither changed nor donated.
 
-    `stop` is asked between batches; where it says so, `Stopped` is raised.
+    `stop` is called between batches; if it returns True, `Stopped` is raised.
 
     >>> import keras, numpy as np, research
     >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, kernel_initializer="zeros")])
     >>> learner = research.supervised(model, loss="mse", metrics=["mae"])
-    >>> evaluate(learner, research.arrays(np.ones((5, 1)), np.full((5, 1), 3.0), batch_size=2), learner.init())
+    >>> evaluate(learner, research.from_arrays(np.ones((5, 1)), np.full((5, 1), 3.0), batch_size=2), learner.init())
     {'loss': 9.0, 'mae': 3.0}
     """
-    return _numbers(evaluator(learner, data, state, stop)(state))
+    return _to_python(evaluator(learner, data, state, stop)(state))
 
 
 def predict(learner: Learner, data: Batches, state: Any) -> PyTree:
-    """The learner's outputs for every example of `data`, in the order of its batches, as NumPy arrays.
+    """Returns the learner's outputs for every example of `data`, in the order of its batches, as NumPy arrays.
 
     >>> import keras, numpy as np, research
     >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, kernel_initializer="ones")])
     >>> learner = research.supervised(model, loss="mse")
-    >>> predict(learner, research.arrays(np.arange(3.0)[:, None], shuffle=False, batch_size=2), learner.init()).tolist()
+    >>> predict(learner, research.from_arrays(np.arange(3.0)[:, None], shuffle=False, batch_size=2), learner.init()).tolist()
     [[0.0], [1.0], [2.0]]
     """
-    program = prediction(learner)
-    waiting: deque[PyTree] = deque()
+    check_learner("predict", learner)
+    check_data("predict", data)
+    check_state("predict", learner, state)
+    program = predict_program(learner)
+    pending: deque[PyTree] = deque()
     outputs = []
-    with _brought(data) as batches:
+    with _prefetched(data) as batches:
         for batch in batches:
-            waiting.append(whole(program(state, batch)))
-            if len(waiting) > IN_FLIGHT:
-                outputs.append(jax.device_get(waiting.popleft()))
-    outputs += jax.device_get(list(waiting))
+            pending.append(to_host(program(state, batch)))
+            if len(pending) > IN_FLIGHT:
+                outputs.append(jax.device_get(pending.popleft()))
+    outputs += jax.device_get(list(pending))
     return jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
 
 
 def evaluator(
-    learner: Learner, data: Batches, state: Any, stop: Callable[[], bool] = lambda: False
+    learner: Learner, data: Batches, state: Any, stop: Callable[[], bool] = lambda: False, split: str = "evaluate"
 ) -> Callable[[Any], dict[str, Any]]:
-    """A pass over `data` with the learner's `evaluate`, compiled: state -> logs on the device.
+    """Returns a compiled pass over `data` with the learner's `evaluate`: state -> logs on the device.
 
-    Neither changes nor donates the state. Raises `Refused` where a batch does not fit the learner, and `Stopped` where `stop`,
-    asked between batches, says so.
+    The pass neither changes nor donates the state. It raises `Stopped` if `stop`, called between batches, returns True. Raises
+    `InvalidArgument` if a batch does not fit the learner or the learner's code fails, as `train` does. `split` stands for the
+    data in messages about its labels.
 
     >>> import keras, numpy as np, research
     >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, kernel_initializer="zeros")])
     >>> learner = research.supervised(model, loss="mse")
     >>> state = learner.init()
-    >>> run = evaluator(learner, research.arrays(np.ones((4, 1)), np.ones((4, 1)), batch_size=2), state)
+    >>> run = evaluator(learner, research.from_arrays(np.ones((4, 1)), np.ones((4, 1)), batch_size=2), state)
     >>> float(run(state)["loss"])
     1.0
     """
+    check_learner("evaluate", learner)
+    check_data("evaluate", data)
+    check_callables("evaluate", stop=stop)
+    check_state("evaluate", learner, state)
+    data = checked_labels(learner, data, split, _resident_source)
     resident = data.resident
-    source = None if resident is None else _placed(resident.source)
+    source = None if resident is None else _resident_source(resident.source)
     batch = data.batch if resident is None else lambda step: resident.rows(step, 1)
-    programs = {kind(first): evaluation(learner, state, source, first, data) for first in [batch(0)]}
-    reset = sparing(learner.reset, state)
+    first = batch(0)
+    programs = {signature(first): evaluate_program(learner, state, source, first, data)}
+    reset = jit_without_copies(learner.reset, state)
 
     def run(state: Any) -> dict[str, Any]:
         logs: dict[str, Any] = {}
-        before: dict[str, Any] = {}
+        previous: dict[str, Any] = {}
         state = reset(state)
-        with _brought(data) if resident is None else nullcontext(map(batch, range(data.steps_per_epoch))) as batches:
-            for step, each in enumerate(batches):
-                shape = kind(each)
-                if shape not in programs:  # a shorter last batch
-                    programs[shape] = evaluation(learner, state, source, each, data)
-                state, logs = programs[shape](state, source, each)
-                if step % AWAITED == 0:
-                    jax.block_until_ready(before)
-                    before = logs
+        with _prefetched(data) if resident is None else nullcontext(map(batch, range(data.steps_per_epoch))) as batches:
+            for step, inputs in enumerate(batches):
+                shapes = signature(inputs)
+                if shapes not in programs:  # a shorter last batch
+                    programs[shapes] = evaluate_program(learner, state, source, inputs, data)
+                state, logs = programs[shapes](state, source, inputs)
+                if step % MAX_PENDING_BATCHES == 0:
+                    jax.block_until_ready(previous)
+                    previous = logs
                 if stop() and step + 1 < data.steps_per_epoch:
                     raise Stopped
         return logs
@@ -215,60 +268,133 @@ def evaluator(
     return run
 
 
-class _Kept(Iterator[Piece]):
-    """Pieces of data that is on the device: nobody waits for them."""
+class _PendingLogs:
+    """Logs that are due but still on the device. They are read after the next dispatch, so that the device does not wait."""
+
+    def __init__(
+        self,
+        steps_per_epoch: int,
+        total: int,
+        log_every: int | None,
+        log: Callable[[LogEntry], None] | None,
+        evaluators: Mapping[str, Callable[[Any], dict[str, Any]]],
+    ) -> None:
+        self.steps_per_epoch, self.total, self.log_every = steps_per_epoch, total, log_every
+        self.log, self.evaluators = log, evaluators
+        self.last: dict[str, Any] = {}  # the newest values of all splits
+        self.entries: list[tuple[int, str, dict[str, Any], int | None]] = []  # step, split, logs, index into stacked logs
+
+    def due(self, first: int, done: int) -> list[int]:
+        """Returns the steps from `first` to `done` whose training logs are due. `done` is the only one that may end an epoch."""
+        due = set() if self.log_every is None else set(range(first + -first % self.log_every, done + 1, self.log_every))
+        due |= {1} if first == 1 and self.log is not None else set()
+        return sorted(due | ({done} if self._ends_epoch(done) else set()))
+
+    def _ends_epoch(self, step: int) -> bool:
+        return step % self.steps_per_epoch == 0 or step == self.total
+
+    def schedule(self, first: int, done: int, logs: PyTree, all_logs: PyTree = None) -> None:
+        """Adds the training logs that are due in steps `first` to `done`: those of step `done`, and the stacked ones of all."""
+        for step in self.due(first, done):
+            self._add(step, "train", *((logs, None) if step == done else (all_logs, step - first)))
+
+    def evaluate(self, done: int, state: Any) -> None:
+        """Evaluates the state after `done` steps, if that is due, and adds the logs."""
+        for split, evaluate in self.evaluators.items() if self._ends_epoch(done) else ():
+            self._add(done, split, evaluate(state), None)
+
+    def _add(self, step: int, split: str, logs: dict[str, Any], index: int | None) -> None:
+        self.entries.append((step, split, logs, index))
+        for value in logs.values():
+            if isinstance(value, jax.Array):
+                value.copy_to_host_async()
+
+    def flush(self) -> None:
+        """Reads the logs off the device and reports them."""
+        for step, split, logs, index in self.entries:
+            values = _to_python(logs, index)
+            self.last.update({name if split == "train" else f"{split}_{name}": value for name, value in values.items()})
+            if self.log is not None:
+                self.log(LogEntry(step, (step - 1) // self.steps_per_epoch, split, _elements(values)))
+        self.entries.clear()
+
+    def discard(self, step: int) -> None:
+        """Drops the logs of this step and later ones."""
+        self.entries[:] = [entry for entry in self.entries if entry[0] < step]
+
+
+def _split_before_hooks(
+    bounds: Iterable[tuple[int, int]], periods: Sequence[int], total: int, due: Callable[[int, int], list[int]]
+) -> Iterator[tuple[int, int]]:
+    """Yields the dispatches `bounds`, those that end at a hook split after the last log that is due before it.
+
+    Logs are read after the next dispatch. Those of one dispatch with the hook would be read after the hook: if it writes a
+    checkpoint, and the process is killed then, the resumed run would start after their steps and never report them.
+    """
+    for start, count in bounds:
+        done = start + count
+        if done == total or any(done % every == 0 for every in periods):
+            earlier = due(start + 1, done - 1) if count > 1 else []
+            if earlier:
+                yield start, earlier[-1] - start
+                start = earlier[-1]
+        yield start, done - start
+
+
+class _ResidentChunks(Iterator[Chunk]):
+    """Chunks of data that is on the device: nothing has to be waited for."""
 
     waited = 0.0
 
-    def __init__(self, items: Iterator[Piece]) -> None:
-        self.items = items
+    def __init__(self, chunks: Iterator[Chunk]) -> None:
+        self.chunks = chunks
 
-    def __next__(self) -> Piece:
-        return next(self.items)
+    def __next__(self) -> Chunk:
+        return next(self.chunks)
 
 
 @contextmanager
-def _fed(trained: Training, data: Batches, plan: Iterator[tuple[int, int]]) -> Iterator[tuple[Any, Any]]:
-    """A function that runs a piece's steps, (state, piece) -> (state, last logs, each step's logs), and the pieces of a plan."""
-    program, capacity = trained
+def _feed(program: TrainProgram, data: Batches, bounds: Iterator[tuple[int, int]]) -> Iterator[tuple[Any, Any]]:
+    """Yields the chunks of these bounds and what runs one: (state, chunk) -> (state, last logs, logs of each step)."""
 
-    def run(source: PyTree, state: Any, piece: Piece) -> Any:
-        anew = np.bool_(piece.start % data.steps_per_epoch == 0)
-        return program(state, source, piece.batches, piece.slots, np.int32(piece.steps), anew)
+    def run(source: PyTree, state: Any, chunk: Chunk) -> Any:
+        at_epoch_start = np.bool_(chunk.start % data.steps_per_epoch == 0)
+        return program.program(state, source, chunk.batches, chunk.positions, np.int32(chunk.steps), at_epoch_start)
 
     if data.resident is not None:
-        source, size = _placed(data.resident.source), jax.tree.leaves(data.shapes)[0].shape[0]
-        found = numbered(plan, data.resident.rows, size, capacity)
-        yield functools.partial(run, source), _Kept(found)
+        source, batch_size = _resident_source(data.resident.source), jax.tree.leaves(data.shapes)[0].shape[0]
+        yield (
+            functools.partial(run, source),
+            _ResidentChunks(row_chunks(bounds, data.resident.rows, batch_size, program.capacity)),
+        )
         return
-    put = (piece._replace(batches=brought(piece.batches)) for piece in pieces(plan, data.batch, data.shapes, capacity))
-    with Ahead(put) as ahead:
-        yield functools.partial(run, None), ahead
+    chunks = batch_chunks(bounds, data.batch, data.shapes, program.capacity)
+    with Prefetcher(chunk._replace(batches=to_device(chunk.batches)) for chunk in chunks) as prefetcher:
+        yield functools.partial(run, None), prefetcher
 
 
-def _brought(data: Batches) -> Ahead[Any]:
-    """The batches of one pass, on the device, the next on their way while one is worked on."""
-    return Ahead(brought(data.batch(step)) for step in range(data.steps_per_epoch))
+def _prefetched(data: Batches) -> Prefetcher[Any]:
+    """Returns an iterator over the batches of one pass, on the device, prefetched by a thread."""
+    return Prefetcher(to_device(data.batch(step)) for step in range(data.steps_per_epoch))
 
 
-def _total(steps: int | None, epochs: int | None, data: Batches) -> int:
-    wanted = [] if steps is None else [steps]
-    wanted += [] if epochs is None else [epochs * data.steps_per_epoch]
-    if not wanted or min(wanted) < 0:
-        raise Refused(f"train: steps is {steps} and epochs is {epochs}; expected at least one of them, as a number from 0 on.")
-    return min(wanted)
+def _total_steps(steps: int | None, epochs: int | None, data: Batches) -> int:
+    limits = [] if steps is None else [steps]
+    return min(limits + ([] if epochs is None else [epochs * data.steps_per_epoch]))
 
 
-def _numbers(logs: dict[str, Any], slot: int | None = None) -> dict[str, float]:
-    """Logs, or those in one slot of many, as plain numbers; a vector becomes a number for each of its entries."""
-    numbers: dict[str, float] = {}
-    for name, log in logs.items():
-        value = np.asarray(log) if slot is None else np.asarray(log)[slot]
-        if np.ndim(value) == 0:
-            numbers[name] = float(value)
-        else:
-            numbers.update({f"{name}_{i}": float(each) for i, each in enumerate(np.ravel(value))})
-    return numbers
+def _to_python(logs: dict[str, Any], index: int | None = None) -> dict[str, Any]:
+    """Returns logs, or entry `index` of stacked logs, as floats, and those that are arrays as lists."""
+    return {name: np.asarray(log if index is None else log[index], float).tolist() for name, log in logs.items()}
 
 
-_placed = kept(lambda source: brought(source()))  # what is kept on the device is brought there once
+def _elements(values: dict[str, Any]) -> dict[str, float]:
+    """Returns logs as floats alone: a list becomes one float per element, named `NAME_0`, ..."""
+    floats: dict[str, float] = {}
+    for name, value in values.items():
+        elements = [(f"{name}_{i}", element) for i, element in enumerate(np.ravel(value).tolist())]
+        floats.update(elements if isinstance(value, list) else {name: value})
+    return floats
+
+
+_resident_source = weak_cache(lambda source: to_device(source()))  # one copy per data set, however often it is used

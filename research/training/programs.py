@@ -1,310 +1,292 @@
-"""What runs a Keras model's steps under Keras' own loops: several as one program, and a model never left without weights."""
+"""A learner's functions as compiled programs, cached with the learner: each is traced and compiled once."""
 
-import contextlib
-import itertools
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.extend
 import jax.numpy as jnp
-import keras
 import numpy as np
 from jaxtyping import PyTree
 
-from research.compiled import STACKED_BYTES, STACKED_STEPS
-from research.feed import Pace, kind, stacked
-from research.kernels import rewritten
-from research.transforms import fuse, loops_well
+from research.core.learner import Learner
+from research.core.metrics import Logs
+from research.core.state import InvalidArgument
+from research.cpu.loops import runs_well_in_loop, without_hoisting
+from research.cpu.rewrite import rewrite, separate_gathers
+from research.data.batches import Batches, take_rows
+from research.data.prefetch import is_numeric, signature
+from research.errors import one_line, user_frame
+from research.transforms.fuse import batch_at, fuse
+
+T = TypeVar("T")
+
+FUSED_STEPS = 512  # at most in one program, for data on the device
+STACKED_STEPS = 32  # at most in one program, for batches that are stacked on the host
+STACKED_BYTES = 1 << 17  # of the largest batch that is stacked: copying a larger one costs more than fusing gains
+LOG_BYTES = 1 << 20  # of the logs of all steps that one program returns
 
 
-class Loop:
-    """What a program is told of the loop of Keras that calls it, execution by execution (`steps_per_execution` steps each).
+class TrainProgram(NamedTuple):
+    """A learner's training program: (state, source, batches, positions, count, at_epoch_start) -> results.
 
-    `fusing`: nobody looks at single executions. `alone`: the first is shown by itself. `left`: executions in the epoch from this
-    one on; None where nobody knows. `done`: executions that were run ahead of their call. `shown`: what Keras holds as the logs.
+    The results are the state, the logs of the last step and the stacked logs of all steps. If `positions` is None, it runs one
+    step on one batch, and the last result is None. Otherwise it runs steps on the first `count` of the stacked `batches`, which
+    are as many as `positions` is long (see `Chunk`). `at_epoch_start` (bool) resets the metrics before the first step. `source`
+    is the data on the device, or None. `capacity` is the best number of stacked batches.
+
+    >>> TrainProgram(program=None, capacity=8).capacity
+    8
     """
 
-    def __init__(self, fusing: bool, alone: bool) -> None:
-        self.fusing, self.alone = fusing, alone
-        self.left: int | None = None
-        self.first = True
-        self.done = 0
-        self.logs: Any = {}
-        self.shown: dict[str, Any] = {}
-        self.failure: Exception | None = None
-        self.capacity = 0
-        self.full: Any = None
-        self.pace = Pace()
-
-    def begin(self, execution: int, left: int | None) -> None:
-        """Another execution is about to be asked for."""
-        self.left, self.first = left, execution == 0
-        if self.first:
-            self.done, self.failure = 0, None
+    program: Any
+    capacity: int
 
 
-class Program:
-    """What stands in `model.train_function` and its kin: runs the model's step over batches from Keras' iterator.
+def train_program(learner: Learner, data: Batches, state: Any) -> TrainProgram:
+    """Returns the program that trains a learner on such data, traced but not compiled. It donates the state.
 
-    To Keras each call is one execution. Where the loop allows it, a call runs several, and the calls for those do nothing.
+    `state` may be arrays or `jax.ShapeDtypeStruct`s. Steps are fused where that is faster: not if a convolution would run inside
+    a loop on the CPU, nor if batches come from the host and are large. Raises `InvalidArgument` if a batch does not fit the
+    learner or the learner's code fails.
+
+    >>> import keras, research
+    >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    >>> learner = research.supervised(model, loss="mse", optimizer="sgd")
+    >>> train_program(learner, research.from_arrays(np.ones((6, 1)), np.ones((6, 1)), batch_size=2), learner.init()).capacity
+    3
     """
-
-    def __init__(self, model: keras.Model, name: str) -> None:
-        # A new function each time: for one that it knows JAX would find an older program.
-        def step(state: PyTree, data: Any) -> tuple[PyTree, Any]:
-            logs, state = getattr(model, name)(state, data)
-            return state, logs
-
-        self.model, self.step = model, step
-        self.compiled = bool(model.jit_compile and not model.run_eagerly)
-        self.programs: dict[str, Any] = {}
-        self.known: set[Any] = set()
-        self.fusable: dict[Any, bool] = {}
-        self.interrupts = Interrupts()
-        self.loop: Loop | None = None
-        self.state: PyTree = None
-
-    def __call__(self, state: PyTree, iterator: Iterator[Any]) -> tuple[Any, PyTree]:
-        """One execution: the logs and the state after it."""
-        self.state = state
-        self.interrupts.allow()
-        watched, self.loop = self.loop, None  # a loop says so before each call: others may use the program in between
-        loop = watched or Loop(fusing=False, alone=False)
-        if loop.done:
-            loop.done -= 1
-        else:
-            try:
-                batches = self._take(iterator, loop)
-                self.state, loop.logs = self._run(state, batches, loop)
-            except BaseException:
-                _restore(self.model, self.state)
-                raise
-            loop.done = -(-len(batches) // self.model.steps_per_execution) - 1
-        if watched is None:
-            return loop.logs, self.state
-        # Keras makes floats of what it gets here, which would wait for the device: `Watch` fills it in after that.
-        loop.shown = {}
-        return loop.shown, self.state
-
-    def _take(self, iterator: Iterator[Any], loop: Loop) -> list[Any]:
-        """Batches for one dispatch. What the iterator raises after the first waits for its turn."""
-        if loop.failure is not None:
-            failure, loop.failure = loop.failure, None
-            raise failure
-        unit = self.model.steps_per_execution
-        batches = [next(iterator)]
-        if loop.first or not loop.capacity:
-            loop.full, loop.capacity = kind(batches[0]), self._capacity(batches[0], loop)
-        executions = 1
-        if loop.fusing and not (loop.alone and loop.first):
-            executions = max(1, min(loop.pace.steps, loop.capacity) // unit)
-            executions = executions if loop.left is None else min(executions, loop.left)
-        try:
-            batches.extend(itertools.islice(iterator, executions * unit - 1))
-        except Exception as error:
-            loop.failure = error
-        return batches
-
-    def _capacity(self, batch: Any, loop: Loop) -> int:
-        """How many steps over such batches one program may run."""
-        leaves = jax.tree.leaves(batch)
-        arrays = all(isinstance(leaf, np.ndarray | jax.Array) and leaf.dtype.kind in "biufc" for leaf in leaves)
-        unit = self.model.steps_per_execution
-        if not self.compiled or not arrays or keras.distribution.distribution() is not None:
-            return 1
-        if unit == 1 and not loop.fusing:
-            return 1
-        size = sum(leaf.nbytes for leaf in leaves)
-        if size > STACKED_BYTES:
-            return 1
-        return STACKED_STEPS if loop.left is None else min(STACKED_STEPS, loop.left * unit)
-
-    def _run(self, state: PyTree, batches: list[Any], loop: Loop) -> tuple[PyTree, Any]:
-        """The state after a step over each batch, and the last logs."""
-        logs: Any = {}
-        for shapes, alike in itertools.groupby(batches, kind):
-            group = list(alike)
-            while group:
-                piece, group = group[: loop.capacity], group[loop.capacity :]
-                fused = loop.capacity > 1 and (len(piece) > 1 or shapes == loop.full)
-                state, logs = self._fused(state, piece, loop.capacity) if fused else self._single(state, piece)
-        loop.pace.dispatched(logs, len(batches))
-        return state, logs
-
-    def _single(self, state: PyTree, batches: list[Any]) -> tuple[PyTree, Any]:
-        logs: Any = {}
-        for batch in batches:
-            if not self.compiled:
-                state, logs = self.step(state, batch)
-                continue
-            if "single" not in self.programs:
-                shardings = None
-                if keras.distribution.distribution() is not None:
-                    shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), None)
-                self.programs["single"] = jax.jit(rewritten(self.step), donate_argnums=0, out_shardings=shardings)
-            state, logs = self._call("single", (state, batch))
-        return state, logs
-
-    def _fused(self, state: PyTree, batches: list[Any], capacity: int) -> tuple[PyTree, Any]:
-        """All steps as one program, or one by one where a loop would be slower or can't be."""
-        shape = (kind(batches[0]), capacity)
-        if self.fusable.get(shape) is False:
-            return self._single(state, batches)
-        arguments = (state, stacked(batches, capacity), np.int32(len(batches)))
-        if shape not in self.fusable:
-            program = self.programs.setdefault("fused", jax.jit(_last(fuse(rewritten(self.step))), donate_argnums=0))
-            try:
-                self.fusable[shape] = loops_well(program.trace(*arguments))
-            except TypeError:  # a step that changes its state's types has no loop
-                self.fusable[shape] = False
-            return self._fused(state, batches, capacity)
-        return self._call("fused", arguments)
-
-    def _call(self, name: str, arguments: tuple[Any, ...]) -> tuple[PyTree, Any]:
-        """Runs a program. From here until Keras has stored the state, Ctrl-C has to wait: the old one is donated."""
-        shape = (name, kind(arguments[1:]))
-        if shape not in self.known:
-            self.programs[name].lower(*arguments).compile()  # may take long, and may be interrupted
-            self.known.add(shape)
-        self.interrupts.defer()
-        state, logs = self.programs[name](*arguments)
-        self.state = state
-        return state, logs
+    step, program, capacities = _trained(learner.train)(learner.reset)
+    source, batch = _source(data), _batch(data)
+    key = signature((state, source, batch))
+    if key not in capacities:
+        capacities[key] = _capacity(checked(functools.partial(step.trace, state, data.shapes), data), state, source, batch)
+    return TrainProgram(program, min(capacities[key], data.steps_per_epoch))
 
 
-class Prediction:
-    """What stands in `model.predict_function`: as Keras' own, but for the weights, which are not donated."""
-
-    def __init__(self, model: keras.Model) -> None:
-        def step(state: PyTree, data: Any) -> tuple[PyTree, PyTree]:
-            return model.predict_step(state, data)
-
-        self.model = model
-        self.compiled = bool(model.jit_compile and not model.run_eagerly)
-        self.step = jax.jit(rewritten(step)) if self.compiled else step
-        self.interrupts = Interrupts()
-        self.state: PyTree = None
-
-    def __call__(self, state: PyTree, iterator: Iterator[Any]) -> tuple[Any, PyTree]:
-        """One execution: the outputs and the state after it."""
-        self.state = state
-        weights, other = state
-        outputs = []
-        for data in itertools.chain([next(iterator)], itertools.islice(iterator, self.model.steps_per_execution - 1)):
-            output, other = self.step((weights, other), data)
-            outputs.append(output)
-        if len(outputs) == 1:
-            return outputs[0], (weights, other)
-        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs), (weights, other)
+def _capacity(traced: Any, state: Any, source: PyTree, batch: PyTree) -> int:
+    """Returns the best number of steps in one program, regardless of the length of an epoch."""
+    new_state, logs = traced.out_info
+    if not runs_well_in_loop(traced) or signature(new_state) != signature(state) or not is_numeric(batch):
+        return 1
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
+    sharded = any(getattr(leaf, "sharding", None) is not None for leaf in jax.tree.leaves(batch))
+    stacked = STACKED_STEPS if size <= STACKED_BYTES and not sharded else 1
+    log_size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(logs))
+    return max(min(stacked if source is None else FUSED_STEPS, LOG_BYTES // max(log_size, 1)), 1)
 
 
-class Interrupts:
-    """Ctrl-C, put off while the model's weights are neither in the model nor where Keras finds them."""
+def compile_ahead(learner: Learner, data: Batches, state: Any) -> None:
+    """Compiles the program that trains a learner on such data from shapes alone, so that `train` finds it in the cache.
 
-    def __init__(self) -> None:
-        self.deferring = False
-        self.asked: tuple[int, Any] | None = None
-        self.previous: Any = None
+    Another thread may load the data meanwhile. Raises `InvalidArgument` as `train_program` does.
 
-    def defer(self) -> None:
-        """From here on Ctrl-C waits."""
-        self.deferring = True
-
-    def allow(self) -> None:
-        """From here on Ctrl-C does what it does; so does one that waited."""
-        self.deferring = False
-        if self.asked is not None:
-            asked, self.asked = self.asked, None
-            self.previous(*asked)
-
-    def handle(self, number: int, frame: Any) -> None:
-        """What the signal calls."""
-        if self.deferring:
-            self.asked = (number, frame)
-        else:
-            self.previous(number, frame)
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Ctrl-C is ours within it, where it can be."""
-        self.previous = signal.getsignal(signal.SIGINT)
-        if threading.current_thread() is not threading.main_thread() or not callable(self.previous):
-            yield
-            return
-        signal.signal(signal.SIGINT, self.handle)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, self.previous)
-        self.allow()
+    >>> import keras, research
+    >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    >>> learner = research.supervised(model, loss="mse", optimizer="sgd")
+    >>> compile_ahead(learner, research.from_arrays(np.ones((6, 1)), np.ones((6, 1)), batch_size=2), learner.init())
+    """
+    program, capacity = train_program(learner, data, state)
+    source, batch, positions = _source(data), _batch(data), None
+    if capacity > 1:
+        positions = np.arange(capacity, dtype=np.int32)
+        batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((capacity, *leaf.shape), leaf.dtype), batch)
+    program.lower(state, source, batch, positions, np.int32(1), np.True_).compile()
 
 
-class Programs:
-    """The programs of a model for the time of one call."""
+def evaluate_program(learner: Learner, state: Any, source: PyTree, batch: Any, data: Batches) -> Callable[..., tuple[Any, Logs]]:
+    """Returns the program that evaluates a learner on such a batch: (state, source, batch) -> (state, logs). Nothing is donated.
 
-    def __init__(self, model: keras.Model) -> None:
-        self.model, self.interrupts = model, Interrupts()
-        self.of: dict[str, Any] = {}
-        eager = not model.jit_compile or model.run_eagerly
-        for split, make in (
-            ("train", lambda: Program(model, "train_step")),
-            ("test", lambda: Program(model, "test_step")),
-            ("predict", lambda: Prediction(model)),
-        ):
-            maker = f"make_{split}_function"
-            if getattr(type(model), maker) is not getattr(keras.Model, maker):
-                continue  # the model makes its own
-            program = getattr(model, f"{split}_function")
-            if not isinstance(program, Program | Prediction) or program.compiled == eager:
-                program = make()
-                setattr(model, f"{split}_function", program)
-            self.of[split] = program
+    `batch` holds row indices if `source`, the data on the device, is not None. Raises `InvalidArgument` if the batch does not fit
+    the learner or the learner's code fails.
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator["Programs"]:
-        """The model has our programs within it, and weights after it, whatever is raised."""
-        before = {split: program.interrupts for split, program in self.of.items()}
-        for program in self.of.values():
-            program.interrupts = self.interrupts
-        try:
-            with self.interrupts.held():
-                yield self
-        except BaseException:
-            for program in self.of.values():
-                _restore(self.model, program.state)
-            raise
-        finally:
-            for split, program in self.of.items():
-                program.interrupts, program.state = before[split], None
+    >>> import keras, research
+    >>> learner = research.supervised(keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)]), loss="mse")
+    >>> data, state = research.from_arrays(np.ones((4, 1)), np.ones((4, 1)), batch_size=2), learner.init()
+    >>> _, logs = evaluate_program(learner, state, None, data.batch(0), data)(state, None, data.batch(0))
+    >>> list(logs)
+    ['loss']
+    """
+    return checked(functools.partial(jit_without_copies, _evaluated(learner.evaluate), state, source, batch), data)
 
 
-def _restore(model: keras.Model, state: PyTree) -> None:
-    """Gives the model those of its weights back that Keras took out of it or that were donated."""
-    if state is None:
-        return
-    parts = [model.trainable_variables, model.non_trainable_variables]
-    parts += [[] if model.optimizer is None else model.optimizer.variables] if len(state) == 4 else []
-    parts += [model.metrics_variables]
-    for variables, arrays in zip(parts, state, strict=False):
-        for variable, array in zip(variables, arrays, strict=False):
-            if _lost(variable) and not array.is_deleted():
-                variable.assign(array)
+def predict_program(learner: Learner) -> Callable[[Any, Any], PyTree]:
+    """Returns the program that computes a learner's outputs: (state, batch) -> outputs.
+
+    >>> import keras, research
+    >>> learner = research.supervised(keras.Sequential([keras.Input((1,)), keras.layers.Dense(3)]), loss="mse")
+    >>> predict_program(learner)(learner.init(), research.Batch(np.ones((2, 1), np.float32))).shape
+    (2, 3)
+    """
+    return _predicted(learner.predict)
 
 
-def _lost(variable: keras.Variable) -> bool:
+def checked(trace: Callable[[], T], data: Batches) -> T:
+    """Returns the result of `trace`, which traces a program for batches of `data`.
+
+    Raises `InvalidArgument` in place of a `TypeError` or `ValueError`, which becomes its `__cause__`. If the error comes from the
+    user's own code, the message names file and line. Otherwise the batch does not fit the learner. Other errors propagate.
+
+    >>> def trace():
+    ...     return jnp.zeros(2) + jnp.zeros(3)
+    >>> checked(trace, Batches(lambda step: np.zeros(2), jax.ShapeDtypeStruct((2,), np.float32), 1, 2))
+    Traceback (most recent call last):
+    research.core.state.InvalidArgument: a batch does not fit the learner (float32[2]): add got incompatible shapes ...
+    """
     try:
-        return isinstance(variable.value, jax.Array) and variable.value.is_deleted()
-    except TypeError:  # Keras empties the variables of a model that is being trained
-        return True
+        return trace()
+    except InvalidArgument:
+        raise
+    except (TypeError, ValueError) as error:
+        leaves = jax.tree_util.tree_leaves_with_path(data.shapes)
+        named = [(jax.tree_util.keystr(path).strip("."), f"{leaf.dtype}{list(leaf.shape)}") for path, leaf in leaves]
+        shapes = ", ".join(f"{name} {shape}".strip() for name, shape in named) or "no arrays"
+        frame = user_frame(error)
+        if frame is None:
+            raise InvalidArgument(f"a batch does not fit the learner ({shapes}): {one_line(error)}") from error
+        path, line = frame
+        message = f"{path}:{line}: {type(error).__name__}: {one_line(error)} (while tracing a batch of {shapes})"
+        raise InvalidArgument(message) from error
 
 
-def _last(fused: Callable[..., tuple[PyTree, Any]]) -> Callable[..., tuple[PyTree, Any]]:
-    """A fused step with the logs of its last step alone."""
+def weak_cache(make: Callable[[Callable[..., Any]], T]) -> Callable[[Callable[..., Any]], T]:
+    """Returns a cached version of `make`, called once per function, whose entry lives as long as the function.
 
-    def last(state: PyTree, batches: PyTree, count: Any) -> tuple[PyTree, Any]:
-        state, each = fused(state, batches, count)
-        return state, jax.tree.map(lambda logs: logs[count - 1], each)
+    The result must not reference the function itself, or it would never be freed: `make` gets a wrapper that calls the function
+    through a weak reference.
 
-    return last
+    >>> jit = weak_cache(lambda function: jax.jit(lambda x: function(x)))
+    >>> def double(x):
+    ...     return 2 * x
+    >>> jit(double) is jit(double), float(jit(double)(2.0))
+    (True, 4.0)
+    """
+    cache: weakref.WeakKeyDictionary[Callable[..., Any], T] = weakref.WeakKeyDictionary()
+
+    def lookup(function: Callable[..., Any]) -> T:
+        if function not in cache:
+            reference = weakref.ref(function)
+
+            @functools.wraps(function)
+            def wrapper(*args: Any) -> Any:
+                target = reference()
+                assert target is not None
+                return target(*args)
+
+            del wrapper.__wrapped__  # a strong reference to the function
+            cache[function] = make(wrapper)
+        return cache[function]
+
+    return lookup
+
+
+def jit_without_copies(function: Callable[..., T], *args: Any) -> Callable[..., T]:
+    """Compiles a function for arguments like `args` such that outputs which are inputs, unchanged, are not copied.
+
+    Such an output is returned as the very array that was passed: the evaluation of a model returns its weights, and copying them
+    would often cost more than the batch. Calls with the same function and arguments of the same shapes return the same program.
+
+    >>> import jax.numpy as jnp
+    >>> weights, count = jnp.ones(1000), jnp.zeros(())
+    >>> program = jit_without_copies(lambda weights, count: (weights, count + 1), weights, count)
+    >>> same, changed = program(weights, count)
+    >>> same is weights, float(changed)
+    (True, 1.0)
+    """
+    leaves, structure = jax.tree.flatten(args)
+    cached, key = _without_copies(function), (structure, tuple(jax.typeof(leaf) for leaf in leaves))
+    if key not in cached.programs:
+        cached.programs[key] = _compile_without_copies(cached.function, args)
+    return cached.programs[key]
+
+
+class _FunctionPrograms(NamedTuple):
+    function: Callable[..., Any]
+    programs: dict[Any, Callable[..., Any]]
+
+
+def _compile_without_copies(function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..., Any]:
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    positions = {variable: i for i, variable in enumerate(closed.jaxpr.invars)}
+    # For each output the position of the input that it is, or None for a computed one.
+    sources = [positions.get(v) if isinstance(v, jax.extend.core.Var) else None for v in closed.jaxpr.outvars]
+    structure = jax.tree.structure(shapes)
+    flat = jax.extend.core.jaxpr_as_fun(closed)
+
+    def computed_outputs(*leaves: Any) -> list[Any]:
+        return [output for output, i in zip(flat(*leaves), sources, strict=True) if i is None]
+
+    computed_outputs.__name__ = function.__name__
+    program = jax.jit(computed_outputs)
+
+    def call(*args: Any) -> Any:
+        leaves = jax.tree.leaves(args)
+        computed = iter(program(*leaves))
+        return jax.tree.unflatten(structure, [next(computed) if i is None else leaves[i] for i in sources])
+
+    return call
+
+
+def _train_programs(train: Callable[..., tuple[Any, Logs]], reset: Callable[[Any], Any]) -> tuple[Any, Any, dict[Any, int]]:
+    """Returns one step, a program of several steps that gathers their batches, and an empty cache of capacities by signature."""
+    train_step = jax.jit(rewrite(train))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_steps(
+        state: Any, source: PyTree, batches: Any, positions: Any, count: Any, at_epoch_start: Any
+    ) -> tuple[Any, Logs, Logs | None]:
+        state = jax.tree.map(lambda new, old: new if new is old else jnp.where(at_epoch_start, new, old), reset(state), state)
+        if positions is None:
+            return *train_step(state, batches if source is None else gather_separately(source, batches)), None
+
+        def select(stacked: Any, i: Any) -> Any:
+            batch = batch_at(stacked[1], i)
+            return batch if source is None else take_rows(source, batch)
+
+        # The positions provide an axis to loop over if a batch has no leaves.
+        state, all_logs = fuse(without_hoisting(train_step), select)(state, (positions, batches), count)
+        return state, jax.tree.map(lambda logs: logs[count - 1], all_logs), all_logs
+
+    return train_step, train_steps, {}
+
+
+def _evaluate_step(evaluate: Callable[..., tuple[Any, Logs]]) -> Callable[..., tuple[Any, Logs]]:
+    evaluate = rewrite(evaluate)
+
+    def evaluate_step(state: Any, source: PyTree, batch: Any) -> tuple[Any, Logs]:
+        return evaluate(state, batch if source is None else gather_separately(source, batch))
+
+    return evaluate_step
+
+
+def _predict_step(predict: Callable[[Any, Any], PyTree]) -> Callable[[Any, Any], PyTree]:
+    return jax.jit(rewrite(predict))
+
+
+# Compiled apart from the step that uses the rows, which then rounds as it does on a batch from the host.
+gather_separately = rewrite(take_rows, rule=separate_gathers)
+
+
+def _source(data: Batches) -> PyTree:
+    """Returns the shapes of the data on the device, or None if it stays on the host."""
+    if data.resident is None:
+        return None
+    sharding = data.resident.sharding
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((data.examples, *leaf.shape[1:]), leaf.dtype, sharding=sharding), data.shapes
+    )
+
+
+def _batch(data: Batches) -> PyTree:
+    """Returns the shapes of a step's input: row indices if the data is on the device, otherwise the batch."""
+    if data.resident is None:
+        return data.shapes
+    return jax.ShapeDtypeStruct((jax.tree.leaves(data.shapes)[0].shape[0],), np.int32)
+
+
+_trained = weak_cache(lambda train: weak_cache(lambda reset: _train_programs(train, reset)))
+_evaluated = weak_cache(_evaluate_step)
+_predicted = weak_cache(_predict_step)
+_without_copies = weak_cache(lambda function: _FunctionPrograms(function, {}))
