@@ -1,4 +1,4 @@
-"""Vectors for TensorBoard's projector, which turns them about in three dimensions."""
+"""Vectors for TensorBoard's Embedding Projector, which shows them in three dimensions."""
 
 import math
 from collections.abc import Sequence
@@ -7,57 +7,57 @@ from typing import Any
 
 import numpy as np
 
-from research.state import Refused
+from research.core.state import InvalidArgument
 
-SPRITE = 8192  # pixels: TensorBoard takes no wider image
+MAX_SPRITE_SIZE = 8192  # pixels: TensorBoard accepts no larger image
 
 
-def embedding(directory: Path, name: str, vectors: Any, labels: Sequence[Any], images: Any = None) -> None:
-    """Writes vectors, [examples, size], for TensorBoard's projector, in place of those of the same name.
+def write_embedding(directory: Path, name: str, vectors: Any, labels: Sequence[Any], images: Any = None) -> None:
+    """Writes vectors, [examples, size], for TensorBoard's Embedding Projector. Replaces those of the same name.
 
-    `labels` are shown beside the points; so are `images`, [examples, height, width] or [..., channels], scaled from their least
-    to their largest value. Raises `Refused` where these are not of one length, or too many.
+    `labels` are the text of each point, `images`, [examples, height, width] or [..., channels], its picture, scaled from their
+    minimum to their maximum. Raises `InvalidArgument` if the lengths differ, or the images do not fit into one sprite of 8192 x
+    8192 pixels.
 
     >>> import tempfile
     >>> directory = Path(tempfile.mkdtemp())
-    >>> embedding(directory, "words", np.eye(3), ["one", "two", "three"])
+    >>> write_embedding(directory, "words", np.eye(3), ["one", "two", "three"])
     >>> print((directory / "projector_config.pbtxt").read_text())
     embeddings { tensor_name: "words" tensor_path: "words/vectors.tsv" metadata_path: "words/labels.tsv" }
     """
     vectors = np.asarray(vectors, np.float32)
     lengths = {"vectors": len(vectors), "labels": len(labels), **({} if images is None else {"images": len(images)})}
     if vectors.ndim != 2 or len(set(lengths.values())) > 1:
-        raise Refused(
-            f"embedding {name!r}: vectors {list(vectors.shape)}, {lengths}; expected [examples, size] and as many of all."
+        raise InvalidArgument(
+            f"embedding {name!r}: vectors {list(vectors.shape)}, {lengths}; expected vectors [examples, size] and equal lengths."
         )
     (directory / name).mkdir(parents=True, exist_ok=True)
     np.savetxt(directory / name / "vectors.tsv", vectors, "%.6g", "\t")
-    told = "".join(f"{' '.join(str(label).split())}\n" for label in labels)
-    (directory / name / "labels.tsv").write_text(told)
-    line = f'tensor_name: "{name}" tensor_path: "{name}/vectors.tsv" metadata_path: "{name}/labels.tsv"'
+    lines = "".join(f"{' '.join(str(label).split())}\n" for label in labels)
+    (directory / name / "labels.tsv").write_text(lines)
+    entry = f'tensor_name: "{name}" tensor_path: "{name}/vectors.tsv" metadata_path: "{name}/labels.tsv"'
     if images is not None:
-        height, width = _sprite(directory / name / "images.png", name, np.asarray(images, np.float32))
-        line += f' sprite {{ image_path: "{name}/images.png" single_image_dim: {width} single_image_dim: {height} }}'
+        height, width = _write_sprite(directory / name / "images.png", name, np.asarray(images, np.float32))
+        entry += f' sprite {{ image_path: "{name}/images.png" single_image_dim: {width} single_image_dim: {height} }}'
     config = directory / "projector_config.pbtxt"
-    before = config.read_text().splitlines() if config.exists() else []
-    others = [each for each in before if f'tensor_name: "{name}"' not in each]
-    config.write_text("\n".join([*others, f"embeddings {{ {line} }}"]))
+    previous = config.read_text().splitlines() if config.exists() else []
+    others = [line for line in previous if f'tensor_name: "{name}"' not in line]
+    config.write_text("\n".join([*others, f"embeddings {{ {entry} }}"]))
 
 
-def _sprite(path: Path, name: str, images: np.ndarray) -> tuple[int, int]:
-    """Writes images side by side, as many in a row as there are rows; returns the height and width of one."""
+def _write_sprite(path: Path, name: str, images: np.ndarray) -> tuple[int, int]:
+    """Writes images as a square grid; returns the height and width of one image."""
     from matplotlib.image import imsave
 
     n, height, width = images.shape[:3]
-    across = math.ceil(math.sqrt(n))
-    if across * max(height, width) > SPRITE:
-        raise Refused(
-            f"embedding {name!r}: {n} images of {height} x {width} are too many; choose {(SPRITE // max(height, width)) ** 2}."
-        )
-    sheet = np.zeros((across * height, across * width, *images.shape[3:]), np.float32)
+    columns = math.ceil(math.sqrt(n))
+    if columns * max(height, width) > MAX_SPRITE_SIZE:
+        most = (MAX_SPRITE_SIZE // max(height, width)) ** 2
+        raise InvalidArgument(f"embedding {name!r}: {n} images of {height} x {width} are too many; pass at most {most}.")
+    sprite = np.zeros((columns * height, columns * width, *images.shape[3:]), np.float32)
     for i, image in enumerate(images):
-        row, column = divmod(i, across)
-        sheet[row * height : (row + 1) * height, column * width : (column + 1) * width] = image
-    sheet = (sheet - images.min()) / max(float(np.ptp(images)), 1e-12)
-    imsave(path, np.clip(sheet.squeeze(), 0, 1), cmap="gray", vmin=0, vmax=1)
+        row, column = divmod(i, columns)
+        sprite[row * height : (row + 1) * height, column * width : (column + 1) * width] = image
+    sprite = (sprite - images.min()) / max(float(np.ptp(images)), 1e-12)
+    imsave(path, np.clip(sprite.squeeze(), 0, 1), cmap="gray", vmin=0, vmax=1)
     return height, width

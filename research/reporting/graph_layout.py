@@ -1,4 +1,4 @@
-"""Where the boxes of a layered drawing go: ranks by the longest path, few crossings, straight edges. Lengths in inches."""
+"""Layered graph drawing (Sugiyama et al. 1981): ranks by longest path, few crossings, straight edges. Lengths in inches."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -8,11 +8,16 @@ from typing import NamedTuple
 Edge = tuple[str, str]
 Point = tuple[float, float]
 
-ACROSS, DOWN, MARGIN, HEADING = 0.25, 0.32, 0.16, 0.24  # gaps beside and below a box; a frame's rim and the room for its name
+COLUMN_GAP, ROW_GAP = 0.25, 0.32
+MARGIN, HEADING = 0.16, 0.24  # of a frame: its inner margin, and the height of its name
 
 
 class Box(NamedTuple):
-    """A rectangle by its upper left corner; y grows downwards."""
+    """A rectangle, given by its upper left corner; y grows downwards.
+
+    >>> Box(0.0, 0.0, 2.0, 1.0).bottom
+    (1.0, 1.0)
+    """
 
     x: float
     y: float
@@ -21,21 +26,25 @@ class Box(NamedTuple):
 
     @property
     def top(self) -> Point:
-        """The middle of its upper side."""
+        """The centre of the upper side."""
         return self.x + self.width / 2, self.y
 
     @property
     def bottom(self) -> Point:
-        """The middle of its lower side."""
+        """The centre of the lower side."""
         return self.x + self.width / 2, self.y + self.height
 
-    def right(self, share: float) -> Point:
-        """A point of its right side, so far down."""
-        return self.x + self.width, self.y + share * self.height
+    def right(self, fraction: float) -> Point:
+        """Returns the point of the right side at a fraction of the height from the top."""
+        return self.x + self.width, self.y + fraction * self.height
 
 
 class Layout(NamedTuple):
-    """The drawing's size, the boxes, the frames around those of a path in common, and the points that each edge passes."""
+    """The size of a drawing, its boxes, the frames around boxes with a common path, and the points of each edge.
+
+    >>> compute_layout({"a": (1.0, 1.0)}, [], {}).boxes
+    {'a': Box(x=0.0, y=0.0, width=1.0, height=1.0)}
+    """
 
     width: float
     height: float
@@ -44,77 +53,77 @@ class Layout(NamedTuple):
     routes: dict[Edge, list[Point]]
 
 
-def layout(sizes: Mapping[str, Point], edges: Sequence[Edge], headings: Mapping[str, float]) -> Layout:
-    """Lays out boxes of given widths and heights so that edges run downwards.
+def compute_layout(sizes: Mapping[str, Point], edges: Sequence[Edge], headings: Mapping[str, float]) -> Layout:
+    """Returns positions for boxes of given (width, height) such that edges run downwards.
 
-    Names are paths. The boxes below each path of `headings`, which tells the room its frame's name needs, stand together in a
-    frame. Boxes of a frame that no edge joins are stacked in their order. An edge that closes a cycle runs back on the right.
+    Names are paths. `headings` maps the path of a frame to the width of its heading; the frame surrounds all boxes under the
+    path. Boxes without edges between them are stacked in their order. An edge that closes a cycle runs upwards on the right.
 
-    >>> placed = layout(dict.fromkeys("abc", (1.0, 1.0)), [("a", "b"), ("a", "c")], {})
-    >>> [(name, round(box.x, 2), round(box.y, 2)) for name, box in placed.boxes.items()]
+    >>> layout = compute_layout(dict.fromkeys("abc", (1.0, 1.0)), [("a", "b"), ("a", "c")], {})
+    >>> [(name, round(box.x, 2), round(box.y, 2)) for name, box in layout.boxes.items()]
     [('a', 0.62, 0.0), ('b', 0.0, 1.32), ('c', 1.25, 1.32)]
     """
-    return _frame("", sizes, edges, headings)
+    return _layout_frame("", sizes, edges, headings)
 
 
-def _frame(path: str, sizes: Mapping[str, Point], edges: Sequence[Edge], headings: Mapping[str, float]) -> Layout:
-    """What lies below a path, seen from its own upper left corner."""
+def _layout_frame(path: str, sizes: Mapping[str, Point], edges: Sequence[Edge], headings: Mapping[str, float]) -> Layout:
+    """Returns the layout of the boxes under a path, relative to the frame's upper left corner."""
     depth = path.count("/")
 
     def item(name: str) -> str:
-        """The box or frame, directly below the path, that a box is or is in."""
+        """Returns the direct child of the path that a box is, or is in: a box, or a frame with a trailing slash."""
         inner = "/".join(name.split("/")[: depth + 1])
         return f"{inner}/" if inner in headings else inner
 
     inside = [(a, b) for a, b in edges if a.startswith(path) and b.startswith(path)]
     items = list(dict.fromkeys(item(name) for name in sizes if name.startswith(path)))
-    frames = {name: _frame(name, sizes, inside, headings) for name in items if name.endswith("/")}
+    frames = {name: _layout_frame(name, sizes, inside, headings) for name in items if name.endswith("/")}
     extents = {name: sizes[name] for name in items if name not in frames}
     for name, frame in frames.items():
         width = max(frame.width, headings[name.removesuffix("/")]) + 2 * MARGIN
         extents[name] = (width, frame.height + 2 * MARGIN + HEADING)
-    between = {(a, b): (item(a), item(b)) for a, b in inside if item(a) != item(b)}
-    down = _acyclic(items, list(dict.fromkeys(between.values())))
-    rows, chains = _rows(items, down)
-    centres, width = _across(rows, {name: size[0] for name, size in extents.items()}, list(chains.values()))
-    found = Layout(width, -DOWN, {}, {}, {})
-    passed: dict[str, list[Point]] = {}
+    item_edges = {(a, b): (item(a), item(b)) for a, b in inside if item(a) != item(b)}
+    downward = _remove_cycles(items, list(dict.fromkeys(item_edges.values())))
+    rows, chains = _assign_rows(items, downward)
+    centres, width = _assign_centres(rows, {name: size[0] for name, size in extents.items()}, list(chains.values()))
+    layout = Layout(width, -ROW_GAP, {}, {}, {})
+    waypoints: dict[str, list[Point]] = {}
     for row in rows:
-        y, height = found.height + DOWN, max(extents[name][1] for name in row if name in extents)
+        y, height = layout.height + ROW_GAP, max(extents[name][1] for name in row if name in extents)
         for name in row:
             if name not in extents:
-                passed[name] = [(centres[name], y), (centres[name], y + height)]
+                waypoints[name] = [(centres[name], y), (centres[name], y + height)]
                 continue
             box = Box(centres[name] - extents[name][0] / 2, y + (height - extents[name][1]) / 2, *extents[name])
             if name in frames:
-                _put(found, name.removesuffix("/"), box, frames[name])
+                _insert_frame(layout, name.removesuffix("/"), box, frames[name])
             else:
-                found.boxes[name] = box
-        found = found._replace(height=y + height)
+                layout.boxes[name] = box
+        layout = layout._replace(height=y + height)
     for a, b in inside:
-        if (a, b) in between and between[a, b] in chains:
-            way = [point for name in chains[between[a, b]][1:-1] for point in passed[name]]
-            found.routes[a, b] = [found.boxes[a].bottom, *way, found.boxes[b].top]
-        elif (a, b) in between or a == b == item(a):
-            right, back, to = found.width + ACROSS / 2, found.boxes[a].right(0.7), found.boxes[b].right(0.3)
-            found.routes[a, b] = [back, (right, back[1]), (right, to[1]), to]
-            found = found._replace(width=right)
-    return found._replace(boxes={name: found.boxes[name] for name in sizes if name in found.boxes})
+        if (a, b) in item_edges and item_edges[a, b] in chains:
+            middle = [point for name in chains[item_edges[a, b]][1:-1] for point in waypoints[name]]
+            layout.routes[a, b] = [layout.boxes[a].bottom, *middle, layout.boxes[b].top]
+        elif (a, b) in item_edges or a == b == item(a):
+            x, start, end = layout.width + COLUMN_GAP / 2, layout.boxes[a].right(0.7), layout.boxes[b].right(0.3)
+            layout.routes[a, b] = [start, (x, start[1]), (x, end[1]), end]
+            layout = layout._replace(width=x)
+    return layout._replace(boxes={name: layout.boxes[name] for name in sizes if name in layout.boxes})
 
 
-def _put(found: Layout, path: str, box: Box, frame: Layout) -> None:
-    """Puts what is laid out in a frame where the frame is."""
+def _insert_frame(layout: Layout, path: str, box: Box, frame: Layout) -> None:
+    """Adds a frame and its contents to a layout, moved to the frame's position."""
     dx, dy = box.x + (box.width - frame.width) / 2, box.y + MARGIN + HEADING
-    found.frames[path] = box
-    for boxes, inner in ((found.boxes, frame.boxes), (found.frames, frame.frames)):
+    layout.frames[path] = box
+    for boxes, inner in ((layout.boxes, frame.boxes), (layout.frames, frame.frames)):
         boxes.update({name: b._replace(x=b.x + dx, y=b.y + dy) for name, b in inner.items()})
-    found.routes.update({edge: [(x + dx, y + dy) for x, y in route] for edge, route in frame.routes.items()})
+    layout.routes.update({edge: [(x + dx, y + dy) for x, y in route] for edge, route in frame.routes.items()})
 
 
-def _rows(items: Sequence[str], edges: Sequence[Edge]) -> tuple[list[list[str]], dict[Edge, list[str]]]:
-    """The items row by row, each row from left to right, and for each edge the items that it runs along.
+def _assign_rows(items: Sequence[str], edges: Sequence[Edge]) -> tuple[list[list[str]], dict[Edge, list[str]]]:
+    """Returns the rows of items, each from left to right, and for each edge its chain of items.
 
-    An edge over several rows has a place of its own in each row between, `*NUMBER`.
+    An edge that spans several rows gets a placeholder item, `*NUMBER.ROW`, in each row between.
     """
     if not edges:
         return [[name] for name in items], {}
@@ -122,7 +131,7 @@ def _rows(items: Sequence[str], edges: Sequence[Edge]) -> tuple[list[list[str]],
     for _ in items:
         for a, b in edges:
             rank[b] = max(rank[b], rank[a] + 1)
-    for name in items:  # what takes nothing stands right above the first that takes it
+    for name in items:  # an item without incoming edges is right above the first item that it has an edge to
         if not any(b == name for _, b in edges):
             rank[name] = min((rank[b] for a, b in edges if a == name), default=1) - 1
     rows: list[list[str]] = [[] for _ in range(max(rank.values()) + 1)]
@@ -130,100 +139,101 @@ def _rows(items: Sequence[str], edges: Sequence[Edge]) -> tuple[list[list[str]],
         rows[rank[name]].append(name)
     chains: dict[Edge, list[str]] = {}
     for a, b in edges:
-        between = [f"*{len(chains)}.{r}" for r in range(rank[a] + 1, rank[b])]
-        for r, place in enumerate(between, rank[a] + 1):
-            rows[r].append(place)
-        chains[a, b] = [a, *between, b]
-    return _uncrossed(rows, list(chains.values())), chains
+        placeholders = [f"*{len(chains)}.{r}" for r in range(rank[a] + 1, rank[b])]
+        for r, placeholder in enumerate(placeholders, rank[a] + 1):
+            rows[r].append(placeholder)
+        chains[a, b] = [a, *placeholders, b]
+    return _reduce_crossings(rows, list(chains.values())), chains
 
 
-def _acyclic(items: Sequence[str], edges: Sequence[Edge]) -> list[Edge]:
-    """The edges without those that lead back to where a path from the first items came from."""
-    after: dict[str, list[str]] = defaultdict(list)
+def _remove_cycles(items: Sequence[str], edges: Sequence[Edge]) -> list[Edge]:
+    """Returns the edges without those that close a cycle in a depth-first search from the first items."""
+    successors: dict[str, list[str]] = defaultdict(list)
     for a, b in edges:
-        after[a].append(b)
-    back: set[Edge] = set()
+        successors[a].append(b)
+    closing: set[Edge] = set()
     done: set[str] = set()
     for start in items:
-        path, pending = [start], [iter(after[start])]
+        path, pending = [start], [iter(successors[start])]
         while path and start not in done:
-            step = next(pending[-1], None)
-            if step is None:
+            successor = next(pending[-1], None)
+            if successor is None:
                 done.add(path.pop())
                 pending.pop()
-            elif step in path:
-                back.add((path[-1], step))
-            elif step not in done:
-                path.append(step)
-                pending.append(iter(after[step]))
-    return [edge for edge in edges if edge not in back]
+            elif successor in path:
+                closing.add((path[-1], successor))
+            elif successor not in done:
+                path.append(successor)
+                pending.append(iter(successors[successor]))
+    return [edge for edge in edges if edge not in closing]
 
 
-def _uncrossed(rows: list[list[str]], chains: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Reorders each row by where its items' neighbours stand, in the row before, then after; keeps what crosses least."""
+def _reduce_crossings(rows: list[list[str]], chains: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Orders each row by the mean position of neighbours, sweeping down and up; returns the order with the fewest crossings."""
     segments = [pair for chain in chains for pair in pairwise(chain)]
     row_of = {name: r for r, row in enumerate(rows) for name in row}
-    beside: dict[int, dict[str, list[str]]] = {1: defaultdict(list), -1: defaultdict(list)}
+    neighbours: dict[int, dict[str, list[str]]] = {1: defaultdict(list), -1: defaultdict(list)}  # above, below
     for a, b in segments:
-        beside[1][b].append(a)
-        beside[-1][a].append(b)
+        neighbours[1][b].append(a)
+        neighbours[-1][a].append(b)
 
-    def crossings(rows: list[list[str]]) -> int:
-        place = {name: i for row in rows for i, name in enumerate(row)}
+    def count_crossings(rows: list[list[str]]) -> int:
+        position = {name: i for row in rows for i, name in enumerate(row)}
         by_row = defaultdict(list)
         for a, b in segments:
-            by_row[row_of[a]].append((place[a], place[b]))
-        return sum((p[0] - q[0]) * (p[1] - q[1]) < 0 for each in by_row.values() for i, p in enumerate(each) for q in each[:i])
+            by_row[row_of[a]].append((position[a], position[b]))
+        return sum((p[0] - q[0]) * (p[1] - q[1]) < 0 for row in by_row.values() for i, p in enumerate(row) for q in row[:i])
 
     best = rows
     for sweep in range(8):
         direction = 1 if sweep % 2 == 0 else -1
         rows = [list(row) for row in rows]
         for r in range(1, len(rows)) if direction == 1 else range(len(rows) - 2, -1, -1):
-            place = {name: i for i, name in enumerate(rows[r - direction])}
-            centre = {}
+            position = {name: i for i, name in enumerate(rows[r - direction])}
+            mean_position = {}
             for i, name in enumerate(rows[r]):
-                near = [place[n] for n in beside[direction][name] if n in place]
-                centre[name] = sum(near) / len(near) if near else i
-            rows[r].sort(key=centre.__getitem__)
-        if crossings(rows) < crossings(best):
+                positions = [position[n] for n in neighbours[direction][name] if n in position]
+                mean_position[name] = sum(positions) / len(positions) if positions else i
+            rows[r].sort(key=mean_position.__getitem__)
+        if count_crossings(rows) < count_crossings(best):
             best = rows
     return best
 
 
-def _across(
+def _assign_centres(
     rows: Sequence[Sequence[str]], widths: Mapping[str, float], chains: Sequence[Sequence[str]]
 ) -> tuple[dict[str, float], float]:
-    """Each item's centre, near its neighbours' centres, without overlaps; and the width that all need."""
-    beside: dict[str, list[str]] = defaultdict(list)
+    """Returns each item's centre, near its neighbours' centres and without overlaps, and the total width."""
+    neighbours: dict[str, list[str]] = defaultdict(list)
     for chain in chains:
         for a, b in pairwise(chain):
-            beside[a].append(b)
-            beside[b].append(a)
+            neighbours[a].append(b)
+            neighbours[b].append(a)
     centres: dict[str, float] = dict.fromkeys((name for row in rows for name in row), 0.0)
     for sweep in range(24):
         for row in rows if sweep % 2 == 0 else reversed(rows):
-            wanted = []
+            targets = []
             for name in row:
-                near = [centres[n] for n in beside[name]]
-                wanted.append(sum(near) / len(near) if near else centres[name])
-            centres.update(zip(row, _apart(wanted, [widths.get(name, 0.1) for name in row]), strict=True))
+                adjacent = [centres[n] for n in neighbours[name]]
+                targets.append(sum(adjacent) / len(adjacent) if adjacent else centres[name])
+            centres.update(zip(row, _separate(targets, [widths.get(name, 0.1) for name in row]), strict=True))
     left = min(centres[name] - widths.get(name, 0.1) / 2 for name in centres)
     right = max(centres[name] + widths.get(name, 0.1) / 2 for name in centres)
     return {name: centre - left for name, centre in centres.items()}, right - left
 
 
-def _apart(wanted: Sequence[float], widths: Sequence[float]) -> list[float]:
-    """The centres, in order and a gap apart, with the least squared distance from those wanted (pooled where they collide)."""
+def _separate(targets: Sequence[float], widths: Sequence[float]) -> list[float]:
+    """Returns centres in order, a gap apart, closest to the targets in least squares (pool adjacent violators)."""
     offsets = [0.0]
     for left, right in pairwise(widths):
-        offsets.append(offsets[-1] + (left + right) / 2 + ACROSS)
-    pools: list[tuple[float, int]] = []  # mean of what is wanted less the offset, and of how many
-    for value, offset in zip(wanted, offsets, strict=True):
+        offsets.append(offsets[-1] + (left + right) / 2 + COLUMN_GAP)
+    pools: list[tuple[float, int]] = []  # mean of target minus offset, and number of items
+    for value, offset in zip(targets, offsets, strict=True):
         mean, count = value - offset, 1
         while pools and pools[-1][0] > mean:
-            before, n = pools.pop()
-            mean, count = (before * n + mean * count) / (n + count), n + count
+            last_mean, last_count = pools.pop()
+            mean = (last_mean * last_count + mean * count) / (last_count + count)
+            count += last_count
         pools.append((mean, count))
     means = [mean for mean, count in pools for _ in range(count)]
     return [mean + offset for mean, offset in zip(means, offsets, strict=True)]

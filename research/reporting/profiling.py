@@ -1,4 +1,4 @@
-"""Traces of single steps: what the device and the host did, and when."""
+"""Profiler traces of single steps."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,25 +7,27 @@ from typing import Any
 
 import jax
 
-from research.loop import Hook
-from research.state import Refused
+from research.core.state import InvalidArgument
+from research.training.loop import Hook
 
 
 @contextmanager
-def tracing(directory: Path, first: int, last: int) -> Iterator[list[tuple[int, Hook]]]:
-    """Hooks for `loop.train` that trace steps `first` to `last`, counted from 1, with JAX's profiler.
+def trace_steps(directory: Path, first: int, last: int) -> Iterator[list[tuple[int, Hook]]]:
+    """Yields hooks for `loop.train` that trace steps `first` to `last`, counted from 1, with JAX's profiler.
 
-    The trace is for `xprof --logdir DIRECTORY` (a package of its own) or TensorBoard with its profile plugin, and, as
-    `perfetto_trace.json.gz`, for Perfetto. The device is waited for before and after, so that the trace holds these steps and no
-    other; each dispatch is marked with the number of its first step, counted from 0. Leaving the context ends a trace that
-    training did not come to the end of. Raises `Refused` where the steps are none.
+    `xprof --logdir DIRECTORY` (a separate package) and TensorBoard with its profile plugin show the trace, Perfetto shows its
+    `perfetto_trace.json.gz`. The hooks wait for the device before and after, so that the trace holds exactly these steps. Each
+    dispatch is annotated with the number of its first step, counted from 0. If training ends early, leaving the context ends the
+    trace. Raises `InvalidArgument` unless 1 <= `first` <= `last`.
 
-    >>> with tracing(Path("there"), 11, 20) as hooks:
+    >>> with trace_steps(Path("profile"), 11, 20) as hooks:
     ...     [every for every, _ in hooks]
     [10, 20]
     """
     if not 1 <= first <= last:
-        raise Refused(f"a trace of steps {first} to {last}: expected two numbers from 1 on, the second no less than the first.")
+        raise InvalidArgument(
+            f"trace of steps {first} to {last}: expected two numbers from 1, the second at least as large as the first."
+        )
     running = False
 
     def start(step: int, state: Any, logs: Any) -> None:

@@ -1,236 +1,370 @@
-"""The run directory: what was run, with what, and what came of it."""
+"""The run directory: the configuration of a run, the versions it used, its logs and its summary."""
 
+import errno
 import fcntl
-import hashlib
+import io
+import itertools
 import json
 import math
 import os
-import platform
-import subprocess
-import sys
+import re
 import time
+import uuid
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
+from research.core.state import InvalidArgument
+from research.reporting import environment, run_files
+from research.reporting.run_files import Report, ignore
+from research.training.loop import LogEntry
 
-from research.loop import Entry
-from research.state import Refused
-
-if TYPE_CHECKING:  # drawing is slow to import: only where something is drawn
+if TYPE_CHECKING:  # matplotlib is slow to import: only functions that draw do it
     from matplotlib.figure import Figure
 
-PACKAGES = ("jax", "jaxlib", "keras", "optax", "numpy", "orbax-checkpoint", "research")
+# What a process leaves that ended before its run started: a new run may have the directory.
+LEFTOVERS = re.compile(r"\.lock|error(-\d+)?\.txt|\..*\.partial")
 
 
 class Run(NamedTuple):
-    """A run's directory, and what identifies the run.
+    """A run directory, and what identifies the run.
 
-    Of several processes only the first writes there; the `directory` of another is one of its own, `home` the run's.
+    With several processes, only the first writes to the run directory. Another process gets a `directory` of its own, and the
+    run directory as `shared_directory`. `id` tells the checkpoints of this run from those of others; a new run gets one.
+
+    >>> Run(Path("runs/digits/1"), "digits", {}).checkpoints.as_posix()
+    'runs/digits/1/checkpoints'
     """
 
     directory: Path
     experiment: str
     config: dict[str, Any]
-    home: Path | None = None
+    shared_directory: Path | None = None
+    id: str | None = None
 
     @property
     def checkpoints(self) -> Path:
-        """Where the run's checkpoints are, of which each process writes its part."""
-        return (self.home or self.directory) / "checkpoints"
+        """The directory of the run's checkpoints, to which each process writes its part."""
+        return (self.shared_directory or self.directory) / "checkpoints"
 
 
-def open_run(directory: Path, experiment: str, config: Mapping[str, Any]) -> tuple[Run, dict[str, Any] | None]:
-    """Takes a directory for a run, new or begun before by the same experiment and config. Writes nothing.
+def open_run(
+    directory: Path, experiment: str, config: Mapping[str, Any], report: Report = ignore
+) -> tuple[Run, dict[str, Any] | None]:
+    """Checks that a directory is free for a run, or holds one of the same experiment and config. Writes nothing.
 
-    Returns the run and, where it had finished, its summary. Raises `Refused` for a directory of another experiment or config, for
-    one that holds something else, and for one that can't be written.
+    Returns the run, and its summary if it is finished. `report` is called with a line about a damaged summary. Raises
+    `InvalidArgument` if the directory holds a run of another experiment or config, or other files, or can't be written to.
 
     >>> import tempfile
     >>> run, summary = open_run(Path(tempfile.mkdtemp()) / "new", "digits", {"epochs": 3})
     >>> run.experiment, summary
     ('digits', None)
     """
-    run = Run(directory, experiment, json.loads(_json(config)))
-    writable = next(path for path in [directory, *directory.absolute().parents] if path.exists())
-    if not writable.is_dir() or not os.access(writable, os.W_OK | os.X_OK):
-        raise Refused(f"--run-dir {directory}: {writable} can't be written to; choose a directory of yours.")
-    if not directory.exists() or not any(directory.iterdir()):
+    run = Run(directory, experiment, json.loads(_json(config)), id=uuid.uuid4().hex)
+    if all(LEFTOVERS.fullmatch(name) for name in _names_in(directory)):
         return run, None
+    if not (directory / "config.json").exists():
+        raise InvalidArgument(f"--run-dir {directory}: it is not empty and holds no run; choose a new directory.")
+    recorded = run_files.read_config(directory)
+    if recorded.experiment != experiment:
+        raise InvalidArgument(
+            f"--run-dir {directory}: it holds a run of {recorded.experiment!r}, not of {experiment!r}; choose another directory."
+        )
+    changes = [
+        f"{name} was {recorded.config.get(name)!r}, now {run.config.get(name)!r}"
+        for name in sorted({**recorded.config, **run.config})
+        if recorded.config.get(name) != run.config.get(name)
+    ]
+    if changes:
+        raise InvalidArgument(
+            f"--run-dir {directory}: its run had another config ({', '.join(changes)}); give the same options or a new directory."
+        )
+    run = run._replace(id=recorded.id or run.id)
+    summary = run_files.read_summary(directory, report)
+    return run, summary if summary is not None and summary["status"] == "finished" else None
+
+
+def _names_in(directory: Path) -> list[str]:
+    """Returns the names in a directory that a run may have; none if it does not exist. Raises `InvalidArgument` if it can't."""
     try:
-        before = json.loads((directory / "config.json").read_text())
-        owner, settings = before["experiment"], before["config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Refused(f"--run-dir {directory}: it is not empty and holds no run; choose a new directory.") from error
-    if owner != experiment:
-        raise Refused(f"--run-dir {directory}: it holds a run of {owner!r}, not of {experiment!r}; choose another directory.")
-    differing = [k for k in {**settings, **run.config} if settings.get(k) != run.config.get(k)]
-    if differing:
-        told = ", ".join(f"{k} was {settings.get(k)!r}, now {run.config.get(k)!r}" for k in sorted(differing))
-        raise Refused(f"--run-dir {directory}: its run had another config ({told}); give the same options or a new directory.")
-    try:
-        summary = json.loads((directory / "summary.json").read_text())
-    except (OSError, ValueError):
-        return run, None
-    return run, summary if summary.get("status") == "finished" else None
+        nearest = _nearest(directory)
+        if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
+            return os.listdir(directory) if nearest == directory else []
+        reason = f"{nearest} can't be written to"
+    except OSError as error:
+        reason = f"it can't be used ({error.strerror})"
+    except ValueError:  # a character that no name may have
+        reason = "it can't be used (invalid characters)"
+    text = str(directory) if len(str(directory)) <= 200 else f"{str(directory)[:200]} ..."
+    raise InvalidArgument(f"--run-dir {text}: {reason}; choose a directory of yours.")
+
+
+def _nearest(path: Path) -> Path:
+    """Returns the path, or the nearest of its parents that exists."""
+    for candidate in (path, *path.absolute().parents):
+        try:
+            os.stat(candidate)
+            return candidate
+        except (FileNotFoundError, NotADirectoryError):
+            if candidate.is_symlink():
+                raise OSError(errno.ENOENT, "it is a link to nothing") from None
+    return path
+
+
+class Locked(InvalidArgument):
+    """Another process has locked a run's directory."""
 
 
 @contextmanager
-def held(run: Run) -> Iterator[None]:
-    """Holds a run's directory for one process; makes it where there is none.
+def lock(run: Run) -> Iterator[None]:
+    """Locks a run's directory for this process; creates it if needed.
 
-    Raises `Refused` where it can't be written or another process is at it.
+    Raises `InvalidArgument` if it can't be written to, and `Locked`, which is one, if another process has locked it.
+
+    >>> import tempfile
+    >>> with lock(Run(Path(tempfile.mkdtemp()) / "new", "digits", {})):
+    ...     pass
     """
-    where = f"--run-dir {run.directory}"
+    prefix = f"--run-dir {run.directory}"
     try:
         run.directory.mkdir(parents=True, exist_ok=True)
-        lock = (run.directory / ".lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
-    except BlockingIOError as error:
-        raise Refused(f"{where}: another process is running in it; wait for it, or choose another.") from error
+        file = (run.directory / ".lock").open("w")
     except OSError as error:
-        raise Refused(f"{where}: it can't be written ({error.strerror}); choose a directory of yours.") from error
-    with lock:
+        raise InvalidArgument(f"{prefix}: it can't be written to ({error.strerror}); choose a directory of yours.") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it however the process ends
+        except BlockingIOError as error:
+            raise Locked(f"{prefix}: another process is running in it; wait for it, or choose another.") from error
+        except OSError as error:
+            raise InvalidArgument(
+                f"{prefix}: it can't be locked ({error.strerror}); choose a directory on another disk."
+            ) from error
         yield
 
 
-def begin(run: Run, options: Mapping[str, Any], step: int = 0) -> None:
-    """Writes what is known before training goes on from `step`.
+def start(run: Run, options: Mapping[str, Any], step: int = 0, file: str | None = None, report: Report = ignore) -> None:
+    """Writes `config.json`, `versions.json` and `source.diff` before training starts, or resumes at `step`.
 
-    That is `config.json` (with `options`, what does not change the numbers), `versions.json` and the source's own changes;
-    `metrics.jsonl` is cut back to what was known before that step's logs.
+    `options` are those that do not change the numbers, `file` is the experiment's; `config.json` holds both. `source.diff` holds
+    uncommitted changes. Logs of `step` and later are removed from `metrics.jsonl`: training writes them again. Also removes what
+    a killed process left half written. If there is something damaged, it is kept under another name, and `report` is called.
+
+    >>> import tempfile
+    >>> run = Run(Path(tempfile.mkdtemp()), "digits", {"epochs": 3})
+    >>> start(run, {"log_every": 50})
+    >>> json.loads((run.directory / "config.json").read_text())["config"]
+    {'epochs': 3}
     """
-    write_json(run.directory / "config.json", {"experiment": run.experiment, "config": run.config, "options": options})
-    write_json(run.directory / "versions.json", versions())
-    difference = _git("diff", "HEAD")
-    if difference:
-        write(run.directory / "source.diff", difference)
-    kept = [entry for entry in entries(run) if entry.step < step]
-    write(run.directory / "metrics.jsonl", "".join(_line(entry) for entry in kept))
+    run_files.tidy(run.directory, report)
+    contents = {"experiment": run.experiment, "id": run.id, "file": file, "config": run.config, "options": options}
+    write_json(run.directory / "config.json", contents, sync=True)
+    write_json(run.directory / "versions.json", environment.versions())
+    diff = environment.git("diff", "HEAD")
+    if diff:
+        write_text(run.directory / "source.diff", diff)
+    damage: list[str] = []
+    path = run.directory / "metrics.jsonl"
+    earlier = [entry for entry in run_files.read_metrics(run.directory, damage.append) if entry.step < step]
+    if damage:
+        report(f"{damage[0]}; the file is kept as {run_files.set_aside(path, copy=path.is_file()).name}")
+    write_text(path, "".join(_line(entry) for entry in earlier), sync=bool(earlier))
 
 
-def find(run: str, root: Path) -> Path:
-    """The directory of a run: itself, or the latest of an experiment's name under `root`. Raises `Refused` where there is none.
+def find_run(run: str, root: Path) -> Path:
+    """Returns the directory of a run: `run` is a directory, or an experiment's name, for its latest run under `root`.
 
-    >>> find("nothing", Path("there/is/none"))
+    Raises `InvalidArgument` if there is none.
+
+    >>> find_run("nothing", Path("no/runs"))
     Traceback (most recent call last):
-    research.state.Refused: no run 'nothing': expected a run directory, or an experiment that has runs in there/is/none.
-    """
-    if (Path(run) / "config.json").is_file():
-        return Path(run)
-    found = sorted(path.parent for path in (root / run).glob("*/config.json"))
-    if not found:
-        raise Refused(f"no run {run!r}: expected a run directory, or an experiment that has runs in {root}.")
-    return found[-1]
-
-
-def read(directory: Path) -> tuple[Run, dict[str, Any]]:
-    """The run that a directory holds, and its summary, or what its logs tell where it has none (yet).
-
-    Raises `Refused` where its files can't be read.
+    research.core.state.InvalidArgument: no run 'nothing': expected a run directory, or an experiment that has runs in no/runs.
     """
     try:
-        config = json.loads((directory / "config.json").read_text())
-        run = Run(directory, config["experiment"], config["config"])
-        logs, path = entries(run), directory / "summary.json"
-        if path.exists():
-            return run, json.loads(path.read_text())
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Refused(f"{directory}: its files are damaged ({type(error).__name__}: {error}); choose another run.") from error
-    last = {("" if e.split == "train" else f"{e.split}_") + name: value for e in logs for name, value in e.values.items()}
-    return run, {"status": "not finished", "steps": max((e.step for e in logs), default=0), "metrics": last}
+        if os.path.lexists(Path(run) / "config.json"):
+            return Path(run)
+        directories = [path.parent for path in (root / run).glob("*/config.json")]
+        if directories:
+            return max(
+                directories,
+                key=lambda path: [
+                    (not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split("([0-9]+)", path.name)
+                ],
+            )
+    except (OSError, ValueError):  # a name that no file can have
+        pass
+    shown = repr(run if len(run) <= 200 else f"{run[:200]} ...")
+    raise InvalidArgument(f"no run {shown}: expected a run directory, or an experiment that has runs in {root}.")
 
 
-def append(run: Run, entry: Entry) -> None:
-    """Adds a log to `metrics.jsonl`: one line of strict JSON, what is not finite as null."""
+def read_run(directory: Path, report: Report = ignore) -> tuple[Run, dict[str, Any]]:
+    """Returns the run in a directory and its summary, or one made from its logs if it has no summary that can be read.
+
+    Raises `InvalidArgument` if its config can't be read. `report` is called with a line about other damage.
+
+    >>> import tempfile
+    >>> run = Run(Path(tempfile.mkdtemp()), "digits", {})
+    >>> start(run, {})
+    >>> append_entry(run, LogEntry(10, 0, "val", {"loss": 0.5}))
+    >>> read_run(run.directory)[1]
+    {'status': 'not finished', 'steps': 10, 'metrics': {'val_loss': 0.5}}
+    """
+    config = run_files.read_config(directory)
+    run = Run(directory, config.experiment, config.config, id=config.id)
+    entries, summary = run_files.read_metrics(directory, report), run_files.read_summary(directory, report)
+    if summary is not None:
+        return run, summary
+    metrics = {("" if e.split == "train" else f"{e.split}_") + name: value for e in entries for name, value in e.values.items()}
+    return run, {"status": "not finished", "steps": max((e.step for e in entries), default=0), "metrics": metrics}
+
+
+def append_entry(run: Run, entry: LogEntry) -> None:
+    """Appends an entry to `metrics.jsonl`: one line of strict JSON, with non-finite values as null.
+
+    >>> import tempfile
+    >>> run = Run(Path(tempfile.mkdtemp()), "digits", {})
+    >>> append_entry(run, LogEntry(1, 0, "train", {"loss": math.inf}))
+    >>> print((run.directory / "metrics.jsonl").read_text())
+    {"step": 1, "epoch": 0, "split": "train", "values": {"loss": null}}
+    """
     with (run.directory / "metrics.jsonl").open("a") as file:
         file.write(_line(entry))
 
 
-def entries(run: Run) -> list[Entry]:
-    """What `metrics.jsonl` holds; null is read as NaN. A last line that was cut off in writing does not count."""
-    path = run.directory / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    found = [Entry(**json.loads(line)) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    return [e._replace(values={k: math.nan if v is None else v for k, v in e.values.items()}) for e in found]
+def read_entries(run: Run) -> list[LogEntry]:
+    """Returns the entries of `metrics.jsonl`, null as NaN, without lines that can't be read. See `run_files.read_metrics`.
 
-
-def summarise(run: Run, summary: Mapping[str, Any]) -> None:
-    """Writes `summary.json`, whole or not at all."""
-    write_json(run.directory / "summary.json", {"experiment": run.experiment, **summary})
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all: a reader, or a crash, never meets half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a value as strict JSON, what is not finite as null; whole or not at all."""
-    write(path, _json(value))
-
-
-def versions() -> dict[str, Any]:
-    """What a run was made with: packages, devices, flags, the source's revision.
-
-    >>> versions()["keras"] == metadata.version("keras")
-    True
+    >>> read_entries(Run(Path("no/runs"), "digits", {}))
+    []
     """
-    found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
-    found.update({name: _version(name) for name in PACKAGES})
-    devices = jax.devices()
-    found["devices"] = {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)}
-    found["cpus"] = os.cpu_count()
-    found["flags"] = {name: os.environ[name] for name in ("XLA_FLAGS", "JAX_PLATFORMS", "LIBTPU_INIT_ARGS") if name in os.environ}
-    found["revision"] = _git("rev-parse", "HEAD").strip() or None
-    found["command"] = sys.argv
-    return found
+    return run_files.read_metrics(run.directory, ignore)
 
 
-def code() -> dict[str, Any]:
-    """What tells whether two processes run the same code: versions, the source's revision, a sum over the sources themselves.
+def write_summary(run: Run, summary: Mapping[str, Any]) -> None:
+    """Writes `summary.json` atomically.
 
-    >>> code() == code()
-    True
+    >>> import tempfile
+    >>> run = Run(Path(tempfile.mkdtemp()), "digits", {})
+    >>> write_summary(run, {"status": "finished"})
+    >>> json.loads((run.directory / "summary.json").read_text())
+    {'experiment': 'digits', 'status': 'finished'}
     """
-    root = Path(__file__).parent.parent
-    files = [*sorted((root / "research").glob("*.py")), *sorted((root / "experiments").glob("*.py"))]
-    content = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
-    packages = {name: _version(name) for name in PACKAGES}
-    return {"revision": _git("rev-parse", "HEAD").strip() or None, "source": content, **packages}
+    write_json(run.directory / "summary.json", {"experiment": run.experiment, **summary}, sync=True)
 
 
-def draw(run: Run, pictures: Mapping[str, "Figure"], epoch: int | None = None) -> dict[str, Path]:
-    """Writes figures to `plots/NAME.png`, those of an epoch, counted from 1, to `plots/epochs/NAME-0001.png`. Returns where."""
+def write_text(path: Path, text: str, sync: bool = False) -> None:
+    """Writes a file atomically: a reader never sees a part of it, nor does a crash leave one.
+
+    With `sync` a crash of the machine does not either; it takes some milliseconds.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "file.txt"
+    >>> write_text(path, "text")
+    >>> path.read_text()
+    'text'
+    """
+    write_bytes(path, text.encode("utf-8", "replace"), sync)
+
+
+def write_bytes(path: Path, data: bytes, sync: bool = False) -> None:
+    """Writes a file atomically, as `write_text` does.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "file.txt"
+    >>> write_bytes(path, b"text")
+    >>> [file.name for file in path.parent.iterdir()]
+    ['file.txt']
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # two processes may write a report at once
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any, sync: bool = False) -> None:
+    """Writes a value atomically as strict JSON, with non-finite numbers as null.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "file.json"
+    >>> write_json(path, {"loss": math.nan})
+    >>> json.loads(path.read_text())
+    {'loss': None}
+    """
+    write_text(path, _json(value), sync)
+
+
+def save_figures(run: Run, figures: Mapping[str, "Figure"], epoch: int | None = None) -> dict[str, Path]:
+    """Writes figures to `plots/NAME.png`, or to `plots/epochs/NAME-0001.png` for an epoch, counted from 1. Returns the paths.
+
+    >>> import tempfile
+    >>> from matplotlib.figure import Figure
+    >>> run = Run(Path(tempfile.mkdtemp()), "digits", {})
+    >>> save_figures(run, {"samples": Figure((1, 1))}, epoch=3)["samples"].name
+    'samples-0003.png'
+    """
     directory = run.directory / "plots" if epoch is None else run.directory / "plots" / "epochs"
     directory.mkdir(parents=True, exist_ok=True)
-    paths = {name: directory / (f"{name}.png" if epoch is None else f"{name}-{epoch:04d}.png") for name in pictures}
-    for name, figure in pictures.items():
-        figure.savefig(paths[name], dpi=110)
+    paths = {name: directory / (f"{name}.png" if epoch is None else f"{name}-{epoch:04d}.png") for name in figures}
+    for name, figure in figures.items():
+        write_bytes(paths[name], png_bytes(figure))
     return paths
 
 
-def new_directory(experiment: str, root: Path) -> Path:
-    """A directory name for a new run: the time, and a number where that is taken.
+def png_bytes(figure: "Figure") -> bytes:
+    """Returns a figure as a PNG image. A character that the font lacks is a box, without a warning.
 
-    >>> new_directory("digits", Path("runs")).parent.as_posix()
-    'runs/digits'
+    >>> from matplotlib.figure import Figure
+    >>> png_bytes(Figure((1, 1))).startswith(run_files.PNG_SIGNATURE)
+    True
+    """
+    png = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(png, format="png", dpi=110)
+    return png.getvalue()
+
+
+def new_directory(experiment: str, root: Path) -> Path:
+    """Creates the directory of a new run and returns its path: the time, with a number if another run has that already.
+
+    Raises `InvalidArgument` if it can't be created.
+
+    >>> import tempfile
+    >>> first, second = (new_directory("digits", Path(tempfile.gettempdir()) / "runs") for _ in range(2))
+    >>> first != second
+    True
     """
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    candidates = [root / experiment / (stamp if i == 0 else f"{stamp}-{i}") for i in range(100)]
-    return next(path for path in candidates if not path.exists())
+    for i in itertools.count():
+        path = root / experiment / (f"{stamp}-{i}" if i else stamp)
+        try:
+            path.mkdir(parents=True)  # of two processes in the same second only one succeeds
+            return path
+        except FileExistsError:
+            continue
+        except OSError as error:
+            reason = f"it can't be created ({error.strerror})"
+            raise InvalidArgument(f"{path}: {reason}; choose another place: --run-dir DIRECTORY.") from error
+    raise AssertionError
 
 
-def _line(entry: Entry) -> str:
+def _line(entry: LogEntry) -> str:
+    """Returns an entry as a line of `metrics.jsonl`."""
     return json.dumps(_strict(entry._asdict())) + "\n"
 
 
 def _strict(value: Any) -> Any:
+    """Replaces non-finite numbers, which JSON lacks, by None."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
@@ -242,19 +376,3 @@ def _strict(value: Any) -> Any:
 
 def _json(value: Any) -> str:
     return json.dumps(_strict(value), indent=2, allow_nan=False, default=str) + "\n"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git(*arguments: str) -> str:
-    """What git says of the code's own repository; nothing where there is none."""
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""

@@ -1,183 +1,246 @@
-"""Pages about runs: one about each, and one that shows several side by side. They need neither a network nor other files."""
+"""HTML reports: of one run, and of several side by side. They open offline, without other files."""
 
 import base64
 import html
-import io
 import json
 import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
+from urllib.parse import quote
 
-from research import picture, record
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from research.reporting import picture, record, run_files
+from research.reporting.run_files import Report, ignore
 
 SPLITS = {"train": "", "val": "val_", "test": "test_"}
-EPOCHS_SHOWN = 8
-# What is better the larger it is, and what the smaller, by a part of the name.
-LARGER = r"acc|auc|precision|recall|f1|fbeta|iou|dice|r2|bleu|reward|return|score|similarity|sensitivity|specificity|correct"
-SMALLER = r"loss|error|mae|mse|mape|msle|rmse|perplexity|entropy|divergence|nll|fid|kid|bits|wrong|distance"
+MAX_EPOCH_FIGURES = 8
+# Patterns in the names of metrics to maximise, and to minimise.
+MAXIMISE = r"acc|auc|precision|recall|f1|fbeta|iou|dice|r2|bleu|reward|return|score|similarity|sensitivity|specificity|correct"
+MINIMISE = r"loss|error|mae|mse|mape|msle|rmse|perplexity|entropy|divergence|nll|fid|kid|bits|wrong|distance"
 
 
-def page(run: record.Run) -> Path:
-    """Writes `report.html` from what the run's directory holds."""
-    _, summary = record.read(run.directory)
-    versions = run.directory / "versions.json"
-    plots = {path.stem: path for path in sorted((run.directory / "plots").glob("*.png"))}
+def write_report(run: record.Run, report: Report = ignore) -> Path:
+    """Writes `report.html` from the files in a run's directory; returns its path.
+
+    `report` is called with a line about each picture, and about the versions, that can't be read and are left out.
+
+    >>> import tempfile
+    >>> run = record.Run(Path(tempfile.mkdtemp()), "digits", {})
+    >>> record.start(run, {})
+    >>> write_report(run).name
+    'report.html'
+    """
+    _, summary = record.read_run(run.directory)
+    versions = run_files.read_versions(run.directory, report)
+    plots = _pictures(run.directory / "plots", report)
     models = [name for name in plots if (run.directory / f"{name}.keras").exists()]
-    others = [name for name in plots if name not in ("curves", *models)]
-    strips: dict[str, list[Path]] = {}
-    for path in sorted((run.directory / "plots" / "epochs").glob("*.png")):
-        strips.setdefault(path.stem.rpartition("-")[0], []).append(path)
+    figures = [name for name in plots if name not in ("curves", *models)]
     facts = {name: value for name, value in summary.items() if name not in ("metrics", "experiment", "status")}
-    where = run.directory.as_posix()
-    commands = [] if summary.get("status") == "finished" else [("go on with it", f"just resume {where}")]
+    directory = run.directory.as_posix()
+    commands = [] if summary.get("status") == "finished" else [("resume", f"just resume {directory}")]
     commands += [
-        ("look closer", f"tensorboard --logdir {where}/tensorboard"),
-        ("compare it", f"just report {where} ANOTHER-RUN"),
+        ("open in TensorBoard", f"tensorboard --logdir {directory}/tensorboard"),
+        ("compare with another run", f"just report {directory} ANOTHER-RUN"),
     ]
     parts = [
-        _section("Results", _results(run, summary.get("metrics", {}))),
-        _section("Curves", *(_image(plots[name].read_bytes(), name) for name in plots if name == "curves")),
-        _section("Pictures", *(_figure(plots[name].read_bytes(), name) for name in others)),
-        _section("Epochs", *(_strip(name, strips[name][-EPOCHS_SHOWN:]) for name in sorted(strips))),
-        _section("Networks", _columns(*(_figure(plots[name].read_bytes(), name, "tall") for name in models))),
-        _section("Commands", _table([(told, f"<code>{html.escape(command)}</code>") for told, command in commands])),
+        _section("Results", _metrics_table(run, summary.get("metrics", {}))),
+        _section("Curves", *(_image(plots[name], name) for name in plots if name == "curves")),
+        _section("Figures", *(_figure(plots[name], name) for name in figures)),
+        _section("Epochs", *_strips(_pictures(run.directory / "plots" / "epochs", report))),
+        _section("Models", _columns(*(_figure(plots[name], name, "tall") for name in models))),
+        _section("Commands", _table([(purpose, f"<code>{html.escape(command)}</code>") for purpose, command in commands])),
         _columns(_section("Run", _facts(facts)), _section("Config", _facts(run.config))),
-        _section("Made with", _facts(json.loads(versions.read_text())) if versions.exists() else ""),
+        _section("Environment", _facts(versions) if versions else ""),
     ]
     path = run.directory / "report.html"
-    record.write(path, _page(f"{run.experiment} · {run.directory.resolve().name}", [_chip(summary.get("status")), *parts]))
+    record.write_text(path, _page(f"{run.experiment} · {run.directory.resolve().name}", [_status(summary.get("status")), *parts]))
     return path
 
 
-def comparison(runs: Sequence[record.Run], path: Path) -> Path:
-    """Writes a page with the curves of several runs in common panels, the options that differ, and what came of each."""
-    read = dict(zip(_labels([run.directory for run in runs]), runs, strict=True))
-    summaries = {label: record.read(run.directory)[1] for label, run in read.items()}
-    figure = picture.compared({label: record.entries(run) for label, run in read.items()})
+def write_comparison(runs: Sequence[record.Run], path: Path) -> Path:
+    """Writes a page that compares runs: their curves in common panels, the options that differ, and their results.
+
+    >>> import tempfile
+    >>> runs = [record.Run(Path(tempfile.mkdtemp()), "digits", {"epochs": epochs}) for epochs in (1, 2)]
+    >>> for run in runs:
+    ...     record.start(run, {})
+    >>> write_comparison(runs, runs[0].directory / "comparison.html").name
+    'comparison.html'
+    """
+    by_label = dict(zip(_labels([run.directory for run in runs]), runs, strict=True))
+    summaries = {label: record.read_run(run.directory)[1] for label, run in by_label.items()}
+    figure = picture.plot_comparison({label: record.read_entries(run) for label, run in by_label.items()})
     swatches = {
         label: f'<i style="background:{colour}"></i>{_link(run.directory / "report.html", path.parent, label)}'
-        for (label, run), colour in zip(read.items(), picture.COLOURS * len(read), strict=False)
+        for (label, run), colour in zip(by_label.items(), picture.COLOURS * len(by_label), strict=False)
     }
-    options = {label: {"experiment": run.experiment, **run.config} for label, run in read.items()}
-    columns = dict.fromkeys(name for each in options.values() for name in each)
-    differing = [name for name in columns if len({json.dumps(each.get(name)) for each in options.values()}) > 1]
+    options = {label: {"experiment": run.experiment, **run.config} for label, run in by_label.items()}
+    names = dict.fromkeys(name for values in options.values() for name in values)
+    differing = [name for name in names if len({json.dumps(values.get(name)) for values in options.values()}) > 1]
     facts = ("status", "steps", "epochs", "parameters", "steps_per_second", "seconds_to_first_step")
     metrics = {label: summary.get("metrics", {}) for label, summary in summaries.items()}
     parts = [
-        _section("Results", _marked(swatches, metrics)),
+        _section("Results", _comparison_table(swatches, metrics)),
         _section(
-            "Curves", _image(_png(figure), "curves"), "<p>Training is dashed, validation solid, test a point or dotted.</p>"
+            "Curves",
+            _image(record.png_bytes(figure), "curves"),
+            "<p>Training: dashed; validation: solid; test: dotted, or a single point.</p>",
         ),
         _section(
             "Options that differ",
-            _rows(swatches, differing, [[_shown(each.get(name, "")) for name in differing] for each in options.values()])
+            _rows(swatches, differing, [[_format(values.get(name, "")) for name in differing] for values in options.values()])
             if differing
-            else "<p>None: all have the same options.</p>",
+            else "<p>None.</p>",
         ),
-        _section("Runs", _rows(swatches, facts, [[_shown(each.get(name, "")) for name in facts] for each in summaries.values()])),
+        _section(
+            "Runs", _rows(swatches, facts, [[_format(values.get(name, "")) for name in facts] for values in summaries.values()])
+        ),
     ]
     experiments = " and ".join(dict.fromkeys(run.experiment for run in runs))
     path.parent.mkdir(parents=True, exist_ok=True)
-    record.write(path, _page(f"{len(runs)} runs of {experiments}", parts))
+    record.write_text(path, _page(f"{len(runs)} runs of {experiments}", parts))
     return path
 
 
-def better(name: str) -> int:
-    """Whether a metric is better the larger it is (1), the smaller (-1), or can't be told by its name (0).
+class Table(NamedTuple):
+    """A table of a page: the titles of its columns, and the values of each row by its title.
 
-    >>> better("val_accuracy"), better("loss"), better("learning_rate")
+    >>> Table(["mean"], {"dense": [0.5]}).columns
+    ['mean']
+    """
+
+    columns: Sequence[str]
+    rows: Mapping[str, Sequence[Any]]
+
+
+def write_page(path: Path, title: str, sections: Mapping[str, Table | Mapping[str, Any]]) -> None:
+    """Writes a page of sections by their titles: each is a table, or figures (PNG images) and other values by their names.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "page.html"
+    >>> write_page(path, "step 3", {"State": {"digest": "3f2a"}, "Layers": Table(["mean"], {"dense": [0.5]})})
+    >>> "<td>3f2a</td>" in path.read_text(), "<td>0.5</td>" in path.read_text()
+    (True, True)
+    """
+    parts = []
+    for name, section in sections.items():
+        if isinstance(section, Table):
+            titles = {row: html.escape(row) for row in section.rows}
+            rows = [[_format(value) for value in values] for values in section.rows.values()]
+            parts.append(_section(html.escape(name), _rows(titles, section.columns, rows) if rows else ""))
+            continue
+        facts = {key: value for key, value in section.items() if not isinstance(value, bytes)}
+        figures = [_figure(value, key) for key, value in section.items() if isinstance(value, bytes)]
+        parts.append(_section(html.escape(name), _facts(facts) if facts else "", *figures))
+    record.write_text(path, _page(title, parts))
+
+
+def metric_direction(name: str) -> int:
+    """Returns 1 for a metric to maximise, -1 for one to minimise, 0 if its name does not show which.
+
+    >>> metric_direction("val_accuracy"), metric_direction("loss"), metric_direction("learning_rate")
     (1, -1, 0)
     """
-    if re.search(SMALLER, name, re.IGNORECASE):
+    if re.search(MINIMISE, name, re.IGNORECASE):
         return -1
-    return 1 if re.search(LARGER, name, re.IGNORECASE) else 0
+    return 1 if re.search(MAXIMISE, name, re.IGNORECASE) else 0
 
 
-def best(values: Mapping[str, float], direction: int) -> set[str]:
-    """The names whose value is the best of those that are finite; none where there is no direction or nothing to choose from.
+def best_names(values: Mapping[str, float], direction: int) -> set[str]:
+    """Returns the names of the best finite value; an empty set if `direction` is 0 or fewer than two values are finite.
 
-    >>> best({"a": 0.5, "b": 0.25, "c": math.nan, "d": 0.25}, -1) == {"b", "d"}
+    >>> best_names({"a": 0.5, "b": 0.25, "c": math.nan, "d": 0.25}, -1) == {"b", "d"}
     True
     """
     finite = {name: value for name, value in values.items() if math.isfinite(value)}
     if not direction or len(finite) < 2:
         return set()
-    top = max(direction * value for value in finite.values())
-    return {name for name, value in finite.items() if direction * value == top}
+    best = max(direction * value for value in finite.values())
+    return {name for name, value in finite.items() if direction * value == best}
 
 
-def _results(run: record.Run, metrics: Mapping[str, Any]) -> str:
-    """A row for each metric with a column for each split; what was measured once at the end in a table of its own."""
-    logged = {SPLITS.get(e.split, f"{e.split}_") + name for e in record.entries(run) for name in e.values}
+def _metrics_table(run: record.Run, metrics: Mapping[str, Any]) -> str:
+    """Returns a table of metrics by split, and a second one of results measured once at the end."""
+    logged = {SPLITS.get(e.split, f"{e.split}_") + name for e in record.read_entries(run) for name in e.values}
     names = list(dict.fromkeys(re.sub("^(val|test)_", "", name) for name in metrics if name in logged))
     names.sort(key=lambda name: name != "loss")
-    rows = [[_shown(metrics.get(prefix + name, "")) for prefix in SPLITS.values()] for name in names]
-    once = {name: value for name, value in metrics.items() if name not in logged}
+    rows = [[_format(metrics.get(prefix + name, "")) for prefix in SPLITS.values()] for name in names]
+    final = {name: value for name, value in metrics.items() if name not in logged}
     table = _rows({name: html.escape(name) for name in names}, list(SPLITS), rows) if names else ""
-    return _columns(table, _facts(once) if once else "") or "<p>Nothing yet.</p>"
+    return _columns(table, _facts(final) if final else "") or "<p>No metrics yet.</p>"
 
 
-def _marked(swatches: Mapping[str, str], metrics: Mapping[str, Mapping[str, Any]]) -> str:
-    """A row for each run with a column for each metric, the best in bold."""
-    splits = {name: next((p for p in ("val_", "test_") if name.startswith(p)), "") for each in metrics.values() for name in each}
+def _comparison_table(swatches: Mapping[str, str], metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns a table of runs by metrics, with the best values in bold."""
+    prefixes = {
+        name: next((prefix for prefix in ("val_", "test_") if name.startswith(prefix)), "")
+        for values in metrics.values()
+        for name in values
+    }
     order = list(SPLITS.values())
-    names = sorted(splits, key=lambda name: (order.index(splits[name]), name != f"{splits[name]}loss", name))
-    winners = {}
+    names = sorted(prefixes, key=lambda name: (order.index(prefixes[name]), name != f"{prefixes[name]}loss", name))
+    best_labels = {}
     for name in names:
-        values = {label: each[name] for label, each in metrics.items() if isinstance(each.get(name), int | float)}
-        winners[name] = best(values, better(name))
+        numbers = {label: float(values[name]) for label, values in metrics.items() if isinstance(values.get(name), int | float)}
+        best_labels[name] = best_names(numbers, metric_direction(name))
     rows = []
-    for label, each in metrics.items():
-        shown = {name: _shown(each.get(name, "")) for name in names}
-        rows.append([f"<b>{text}</b>" if label in winners[name] else text for name, text in shown.items()])
-    arrows = [name + {1: " ↑", -1: " ↓", 0: ""}[better(name)] for name in names]
-    return _rows(swatches, arrows, rows)
+    for label, values in metrics.items():
+        cells = {name: _format(values.get(name, "")) for name in names}
+        rows.append([f"<b>{cell}</b>" if label in best_labels[name] else cell for name, cell in cells.items()])
+    titles = [name + {1: " ↑", -1: " ↓", 0: ""}[metric_direction(name)] for name in names]
+    return _rows(swatches, titles, rows)
 
 
 def _labels(directories: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
-    whole = [directory.resolve().parts for directory in directories]
-    for length in range(1, max(map(len, whole)) + 1):
-        labels = ["/".join(parts[-length:]) for parts in whole]
+    """Returns the shortest trailing parts of the paths that are distinct."""
+    paths = [directory.resolve().parts for directory in directories]
+    for length in range(1, max(map(len, paths)) + 1):
+        labels = ["/".join(parts[-length:]) for parts in paths]
         if len(set(labels)) == len(labels):
             break
     return labels
-
-
-def _png(figure: "Figure") -> bytes:
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=110)
-    return png.getvalue()
 
 
 def _image(png: bytes, name: str) -> str:
     return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
-def _figure(png: bytes, name: str, kind: str = "") -> str:
-    return f'<figure class="{kind}">{_image(png, name)}<figcaption>{html.escape(name)}</figcaption></figure>'
+def _figure(png: bytes, name: str, css_class: str = "") -> str:
+    return f'<figure class="{css_class}">{_image(png, name)}<figcaption>{html.escape(name)}</figcaption></figure>'
 
 
-def _strip(name: str, paths: Iterable[Path]) -> str:
-    pictures = "".join(_figure(path.read_bytes(), f"{name}, epoch {int(path.stem.rpartition('-')[2])}") for path in paths)
-    return f'<div class="strip">{pictures}</div>'
+def _pictures(directory: Path, report: Report) -> dict[str, bytes]:
+    """Returns the PNG files of a directory by name. Reports files that are none."""
+    pictures = {path.stem: run_files.read_png(path, report) for path in sorted(directory.glob("*.png"))}
+    return {name: png for name, png in pictures.items() if png is not None}
 
 
-def _link(to: Path, start: Path, text: str) -> str:
-    if not to.exists():
+def _strips(pictures: Mapping[str, bytes]) -> list[str]:
+    """Returns a row for each figure of epochs, with its last epochs. `pictures` are by name, such as `samples-0012`."""
+    captions: dict[str, dict[str, str]] = {}
+    for stem in pictures:
+        name, _, epoch = stem.rpartition("-")
+        numbered = bool(name) and epoch.isascii() and epoch.isdigit()
+        captions.setdefault(name if numbered else stem, {})[stem] = f"{name}, epoch {epoch.lstrip('0')}" if numbered else stem
+    strips = []
+    for name in sorted(captions):
+        figures = (_figure(pictures[stem], caption) for stem, caption in list(captions[name].items())[-MAX_EPOCH_FIGURES:])
+        strips.append(f'<div class="strip">{"".join(figures)}</div>')
+    return strips
+
+
+def _link(target: Path, start: Path, text: str) -> str:
+    """Returns a link relative to `start`; only the text if the target does not exist."""
+    if not target.exists():
         return html.escape(text)
-    return f'<a href="{html.escape(os.path.relpath(to, start))}">{html.escape(text)}</a>'
+    return f'<a href="{quote(os.fsencode(os.path.relpath(target, start)))}">{html.escape(text)}</a>'
 
 
-def _chip(status: Any) -> str:
-    kind = "good" if status == "finished" else "bad" if status == "failed" else "open"
-    return f'<span class="status {kind}">{html.escape(str(status))}</span>'
+def _status(status: Any) -> str:
+    css_class = "good" if status == "finished" else "bad" if status == "failed" else "open"
+    return f'<span class="status {css_class}">{html.escape(str(status))}</span>'
 
 
 def _section(title: str, *parts: str) -> str:
@@ -188,7 +251,8 @@ def _columns(*parts: str) -> str:
     return f'<div class="columns">{"".join(parts)}</div>' if any(parts) else ""
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
+    """Returns a value as HTML."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):
@@ -197,21 +261,21 @@ def _shown(value: Any) -> str:
 
 
 def _facts(values: Mapping[str, Any]) -> str:
-    return _table([(name, _shown(value)) for name, value in values.items()])
+    return _table([(name, _format(value)) for name, value in values.items()])
 
 
 def _table(pairs: Iterable[tuple[str, str]]) -> str:
     return "<table>" + "".join(f"<tr><th>{html.escape(name)}</th><td>{value}</td></tr>" for name, value in pairs) + "</table>"
 
 
-def _rows(heads: Mapping[str, str], columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table with a head for each row, which is HTML already, and one for each column."""
-    top = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+def _rows(row_titles: Mapping[str, str], columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table with titles of rows, which are HTML, and of columns, which are text."""
+    header = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     body = "".join(
-        f"<tr><th>{head}</th>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>"
-        for head, row in zip(heads.values(), rows, strict=True)
+        f"<tr><th>{title}</th>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>"
+        for title, row in zip(row_titles.values(), rows, strict=True)
     )
-    return f'<div class="wide"><table><tr><th></th>{top}</tr>{body}</table></div>'
+    return f'<div class="wide"><table><tr><th></th>{header}</tr>{body}</table></div>'
 
 
 def _page(title: str, parts: Iterable[str]) -> str:

@@ -1,6 +1,5 @@
-"""What TensorBoard shows: curves, histograms, pictures, the graph, embeddings. To look: `tensorboard --logdir runs`."""
+"""Event files for TensorBoard: scalars, histograms, images, the graph. To view them: `tensorboard --logdir runs`."""
 
-import io
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,93 +13,120 @@ import keras
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from research.graph import graph
-from research.loop import Entry, Hook
-from research.processes import whole
-from research.state import State
+from research.core.state import State
+from research.distributed.processes import to_host
+from research.reporting.graph import model_graph
+from research.reporting.record import png_bytes, write_bytes
+from research.reporting.run_files import Report, ignore, set_aside
+from research.training.loop import Hook, LogEntry
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FILE = "events.out.tfevents.0"  # one file for each curve's directory, appended to: two would be two runs' worth of points
-VERSION = "brain.Event:2"  # what TensorBoard expects a file to begin with
-BINS = 60
+EVENT_FILE = "events.out.tfevents.0"  # one file per directory, appended to: TensorBoard would show two files as two runs
+FILE_VERSION = "brain.Event:2"  # TensorBoard expects it in the first event
+HISTOGRAM_BINS = 60
 
 
 class Writer(NamedTuple):
-    """What writes into a directory: `write` takes a `tensorboardX.proto.event_pb2.Event` and is done when it is in the file."""
+    """A directory and a function that appends a `tensorboardX.proto.event_pb2.Event` to its file before it returns.
+
+    >>> Writer(Path("tensorboard/train"), write=print).directory.name
+    'train'
+    """
 
     directory: Path
     write: Callable[[Any], None]
 
 
 @contextmanager
-def writing(directory: Path) -> Iterator[Writer]:
-    """Appends to what a directory shows. A process that is killed leaves all that it wrote.
+def open_writer(directory: Path) -> Iterator[Writer]:
+    """Yields a writer that appends to a directory's event file. What was written survives if the process is killed.
 
-    TensorBoard shows each directory as a run of its own, and the same tag of several runs in one chart.
+    TensorBoard shows each directory as a separate run, and a tag that several runs share in one chart.
 
     >>> import tempfile
     >>> directory = Path(tempfile.mkdtemp())
-    >>> with writing(directory / "train") as writer:
-    ...     scalars(writer, 10, {"loss": 0.5})
-    >>> [(event.step, event.summary.value[0].tag) for event in events(directory / "train")]
+    >>> with open_writer(directory / "train") as writer:
+    ...     write_scalars(writer, 10, {"loss": 0.5})
+    >>> [(event.step, event.summary.value[0].tag) for event in read_events(directory / "train")]
     [(10, 'loss')]
     """
     from tensorboardX.proto.event_pb2 import Event
 
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / FILE).open("ab") as file:
+    with (directory / EVENT_FILE).open("ab") as file:
 
         def write(event: Any) -> None:
             event.wall_time = event.wall_time or time.time()
-            file.write(_record(event.SerializeToString()))
+            file.write(_frame(event.SerializeToString()))
             file.flush()
 
         if not file.tell():
-            write(Event(file_version=VERSION))
+            write(Event(file_version=FILE_VERSION))
         yield Writer(directory, write)
 
 
-def events(directory: Path) -> list[Any]:
-    """What a directory holds, as `tensorboardX.proto.event_pb2.Event`s; a last one that was cut off does not count."""
+def read_events(directory: Path, report: Report = ignore) -> list[Any]:
+    """Returns a directory's events as `tensorboardX.proto.event_pb2.Event`s.
+
+    An incomplete last one is what a killed process leaves, and is ignored. Those from a damaged one on can't be read: `report` is
+    called with a line about them.
+
+    >>> read_events(Path("no/events"))
+    []
+    """
     from tensorboardX.proto.event_pb2 import Event
 
-    data = (directory / FILE).read_bytes() if (directory / FILE).exists() else b""
-    found, start = [], 0
+    path = directory / EVENT_FILE
+    data = path.read_bytes() if path.is_file() else b""
+    events, start = [], 0
     while start + 12 <= len(data):
         (size,) = struct.unpack_from("<Q", data, start)
         record = data[start + 12 : start + 12 + size]
-        if _record(record) != data[start : start + 16 + size]:
+        intact = _frame(record) == data[start : start + 16 + size]
+        try:
+            events.append(Event.FromString(record if intact else b"\xff"))
+        except Exception:  # protobuf's implementations have no common error
+            if start + 16 + size <= len(data) or _frame(b"", size)[:12] != data[start : start + 12]:
+                report(f"{path}: its events are damaged from byte {start} of {len(data)} on; they are left out")
             break
-        found.append(Event.FromString(record))
         start += 16 + size
-    return [event for event in found if not event.file_version]
+    return [event for event in events if not event.file_version]
 
 
-def cut(directory: Path, step: int) -> None:
-    """Removes from a directory, and those below it, everything of `step` and later, and the graph.
+def truncate(directory: Path, step: int, report: Report = ignore) -> None:
+    """Removes the events of `step` and later, the graph, and damaged events, from a directory and its subdirectories.
 
     >>> import tempfile
     >>> directory = Path(tempfile.mkdtemp())
-    >>> with writing(directory) as writer:
+    >>> with open_writer(directory) as writer:
     ...     for step in (1, 2, 3):
-    ...         scalars(writer, step, {"loss": 0.5})
-    >>> cut(directory, 3)
-    >>> [event.step for event in events(directory)]
+    ...         write_scalars(writer, step, {"loss": 0.5})
+    >>> truncate(directory, 3)
+    >>> [event.step for event in read_events(directory)]
     [1, 2]
     """
     from tensorboardX.proto.event_pb2 import Event
 
-    for path in directory.rglob(FILE):
-        kept = [event for event in events(path.parent) if event.step < step and event.HasField("summary")]
-        partial = path.with_name(".partial")
-        partial.write_bytes(b"".join(_record(event.SerializeToString()) for event in [Event(file_version=VERSION), *kept]))
-        partial.replace(path)
+    for path in directory.rglob(EVENT_FILE):
+        if path.is_dir():
+            report(f"{path}: expected a file; what is there is kept as {set_aside(path).name}")
+        events = read_events(path.parent, report)
+        earlier = [event for event in events if event.step < step and event.HasField("summary")]
+        frames = [_frame(event.SerializeToString()) for event in [Event(file_version=FILE_VERSION), *earlier]]
+        write_bytes(path, b"".join(frames))
 
 
-def scalars(writer: Writer, step: int, values: Mapping[str, float]) -> None:
-    """Adds a point to the curve of each name."""
+def write_scalars(writer: Writer, step: int, values: Mapping[str, float]) -> None:
+    """Appends a scalar per name.
+
+    >>> import tempfile
+    >>> with open_writer(Path(tempfile.mkdtemp())) as writer:
+    ...     write_scalars(writer, 1, {"loss": 0.5})
+    >>> [event.summary.value[0].simple_value for event in read_events(writer.directory)]
+    [0.5]
+    """
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.proto.summary_pb2 import Summary
 
@@ -108,49 +134,64 @@ def scalars(writer: Writer, step: int, values: Mapping[str, float]) -> None:
     writer.write(Event(step=step, summary=Summary(value=points)))
 
 
-def histograms(writer: Writer, step: int, arrays: Mapping[str, Any]) -> None:
-    """Adds the distribution of each array's finite numbers. TensorBoard groups names by what stands before the first `/`.
+def write_histograms(writer: Writer, step: int, arrays: Mapping[str, Any]) -> None:
+    """Appends a histogram of each array's finite values. TensorBoard groups names by their part before the first `/`.
 
     >>> import tempfile
-    >>> with writing(Path(tempfile.mkdtemp())) as writer:
-    ...     histograms(writer, 1, {"weights/kernel": np.ones((3, 4))})
-    >>> [event.summary.value[0].histo.num for event in events(writer.directory)]
+    >>> with open_writer(Path(tempfile.mkdtemp())) as writer:
+    ...     write_histograms(writer, 1, {"weights/kernel": np.ones((3, 4))})
+    >>> [event.summary.value[0].histo.num for event in read_events(writer.directory)]
     [12.0]
     """
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.proto.summary_pb2 import HistogramProto, Summary
 
-    shown = []
+    histograms = []
     for name, array in arrays.items():
         values = np.asarray(array, np.float32).ravel()
         values = values[np.isfinite(values)]
         if not values.size:
             continue
-        low, high = np.float64(values.min()), np.float64(values.max())  # in float32 the edges of 60 bins may coincide
-        counts, edges = np.histogram(values, BINS, (low, high)) if low < high else ([values.size], [low, high])
+        low, high = np.float64(values.min()), np.float64(values.max())  # in float32 the edges of the bins may coincide
+        counts, edges = np.histogram(values, HISTOGRAM_BINS, (low, high)) if low < high else ([values.size], [low, high])
         bounds = {"min": low, "max": high, "num": values.size}
         sums = {"sum": values.sum(dtype=np.float64), "sum_squares": np.square(values, dtype=np.float64).sum()}
         histogram = HistogramProto(**bounds, **sums, bucket_limit=edges[1:], bucket=counts)
-        shown.append(Summary.Value(tag=name, histo=histogram))
-    writer.write(Event(step=step, summary=Summary(value=shown)))
+        histograms.append(Summary.Value(tag=name, histo=histogram))
+    writer.write(Event(step=step, summary=Summary(value=histograms)))
 
 
-def images(writer: Writer, step: int, pictures: Mapping[str, "Path | Figure"]) -> None:
-    """Adds pictures: PNG files, or figures."""
+def write_images(writer: Writer, step: int, images: Mapping[str, "Path | Figure"]) -> None:
+    """Appends images: PNG files, or figures.
+
+    >>> import tempfile
+    >>> from matplotlib.figure import Figure
+    >>> with open_writer(Path(tempfile.mkdtemp())) as writer:
+    ...     write_images(writer, 1, {"samples": Figure((1, 2))})
+    >>> [(event.summary.value[0].image.width, event.summary.value[0].image.height) for event in read_events(writer.directory)]
+    [(110, 220)]
+    """
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.proto.summary_pb2 import Summary
 
-    shown = []
-    for name, picture in pictures.items():
-        png = picture.read_bytes() if isinstance(picture, Path) else _png(picture)
+    values = []
+    for name, source in images.items():
+        png = source.read_bytes() if isinstance(source, Path) else png_bytes(source)
         width, height = struct.unpack_from(">II", png, 16)
         image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)
-        shown.append(Summary.Value(tag=name, image=image))
-    writer.write(Event(step=step, summary=Summary(value=shown)))
+        values.append(Summary.Value(tag=name, image=image))
+    writer.write(Event(step=step, summary=Summary(value=values)))
 
 
-def structure(writer: Writer, models: Mapping[str, keras.Model]) -> None:
-    """Adds the graph of a model's layers, or of several models side by side."""
+def write_graph(writer: Writer, models: Mapping[str, keras.Model]) -> None:
+    """Appends the graph of a model's layers, or of several models side by side.
+
+    >>> import tempfile
+    >>> with open_writer(Path(tempfile.mkdtemp())) as writer:
+    ...     write_graph(writer, {"model": keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])})
+    >>> [bool(event.graph_def) for event in read_events(writer.directory)]
+    [True]
+    """
     from tensorboardX.proto.event_pb2 import Event
 
     if models:
@@ -158,9 +199,9 @@ def structure(writer: Writer, models: Mapping[str, keras.Model]) -> None:
 
 
 def graph_def(models: Mapping[str, keras.Model]) -> Any:
-    """Models as a TensorFlow `GraphDef` of their layers: classes are ops, shapes stand on the edges, models are scopes.
+    """Returns models as a TensorFlow `GraphDef`: layers are nodes, classes are ops, models are name scopes.
 
-    Where there is but one model, its layers stand outside.
+    A single model gets no scope.
 
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
     >>> [(node.name, node.op, *node.input) for node in graph_def({"model": model}).node]
@@ -174,8 +215,8 @@ def graph_def(models: Mapping[str, keras.Model]) -> Any:
 
     nodes = []
     for name, model in models.items():
-        found, scope = graph(model), f"{name}/" if len(models) > 1 else ""
-        for node in found.nodes:
+        graph, scope = model_graph(model), f"{name}/" if len(models) > 1 else ""
+        for node in graph.nodes:
             shapes = [
                 TensorShapeProto(dim=[TensorShapeProto.Dim(size=-1 if size is None else size) for size in shape])
                 for shape in node.shapes
@@ -184,95 +225,97 @@ def graph_def(models: Mapping[str, keras.Model]) -> Any:
                 "_output_shapes": AttrValue(list=AttrValue.ListValue(shape=shapes)),
                 "parameters": AttrValue(i=node.parameters),
             }
-            givers = [scope + giver for giver, taker in found.edges if taker == node.name]
-            nodes.append(NodeDef(name=scope + node.name, op=node.kind, input=givers, attr=attributes))
+            inputs = [scope + source for source, target in graph.edges if target == node.name]
+            nodes.append(NodeDef(name=scope + node.name, op=node.class_name, input=inputs, attr=attributes))
     return GraphDef(node=nodes, versions=VersionDef(producer=22))
 
 
-def weights(names: PyTree, state: PyTree) -> dict[str, Array]:
-    """The trainable arrays of a state, or of all the `State`s that a larger one holds, by `weights/` and their names.
+def named_weights(names: PyTree, state: PyTree) -> dict[str, Array]:
+    """Returns the trainable arrays of every `State` in a tree of states, by name with the prefix `weights/`.
 
     >>> import jax.numpy as jnp
     >>> names = State(["dense/kernel"], [], [], {})
-    >>> list(weights({"generator": names}, {"generator": State([jnp.ones(2)], [], [], {})}))
+    >>> list(named_weights({"generator": names}, {"generator": State([jnp.ones(2)], [], [], {})}))
     ['weights/generator/dense/kernel']
     """
     paths = jax.tree_util.tree_leaves_with_path(names, is_leaf=_is_state)
-    found = {}
-    for (path, named), held in zip(paths, jax.tree.leaves(state, is_leaf=_is_state), strict=True):
-        if isinstance(named, State):
-            where = "/".join(["weights", *([jax.tree_util.keystr(path, simple=True, separator="/")] if path else [])])
-            leaves = zip(jax.tree.leaves(named.trainable), jax.tree.leaves(held.trainable), strict=True)
-            found.update({f"{where}/{name}": leaf for name, leaf in leaves})
-    return found
+    arrays = {}
+    for (path, node_names), node in zip(paths, jax.tree.leaves(state, is_leaf=_is_state), strict=True):
+        if isinstance(node_names, State):
+            prefix = "/".join(["weights", *([jax.tree_util.keystr(path, simple=True, separator="/")] if path else [])])
+            leaves = zip(jax.tree.leaves(node_names.trainable), jax.tree.leaves(node.trainable), strict=True)
+            arrays.update({f"{prefix}/{name}": leaf for name, leaf in leaves})
+    return arrays
 
 
 @contextmanager
-def recording(
-    directory: Path, names: PyTree, entries: Sequence[Entry] = (), step: int = 0
-) -> Iterator[tuple[Callable[[Entry], None], Hook, Hook]]:
-    """A `log` and two hooks for `loop.train`: one draws curves, one adds the weights, one waits for what is not written yet.
+def recorder(
+    directory: Path, names: PyTree, entries: Sequence[LogEntry] = (), step: int = 0, report: Report = ignore
+) -> Iterator[tuple[Callable[[LogEntry], None], Hook, Hook]]:
+    """Yields `(log, histogram_hook, flush_hook)` for `loop.train`, which write in a background thread.
 
-    All is written from a thread. What the directory holds of `step` and later is removed, and what it lacks of `entries`,
-    those logged before, is added: a run that goes on shows each point once.
+    `log` writes scalars, `histogram_hook` histograms of the weights, `flush_hook` waits until everything is written. If a run
+    resumes at `step`, events of `step` and later are removed, and scalars missing from those of `entries`, the earlier logs, are
+    added: TensorBoard shows each point once. `report` is called with a line about damaged events.
+
+    >>> import tempfile
+    >>> directory = Path(tempfile.mkdtemp())
+    >>> with recorder(directory, names=()) as (log, histogram_hook, flush_hook):
+    ...     log(LogEntry(1, 0, "train", {"loss": 0.5}))
+    >>> [event.step for event in read_events(directory / "train")]
+    [1]
     """
-    cut(directory, step)
-    written: list[Future[None]] = []
-    copied: list[Future[None]] = []
+    truncate(directory, step, report)
+    pending: list[Future[None]] = []
+    pending_weights: list[Future[None]] = []
 
-    def finish(step: int = 0, state: Any = None, logs: Any = None) -> None:
-        while written:
-            written.pop(0).result()
+    def flush_hook(step: int = 0, state: Any = None, logs: Any = None) -> None:
+        while pending:
+            pending.pop(0).result()
 
     with ExitStack() as files, ThreadPoolExecutor(1, "tensorboard") as pool:
         writers: dict[str, Writer] = {}
 
         def writer(split: str) -> Writer:
             if split not in writers:
-                writers[split] = files.enter_context(writing(directory / split))
+                writers[split] = files.enter_context(open_writer(directory / split))
             return writers[split]
 
-        def add(what: Callable[..., None], split: str, *args: Any) -> Future[None]:
-            while written and written[0].done():
-                written.pop(0).result()
-            written.append(pool.submit(lambda: what(writer(split), *args)))
-            return written[-1]
+        def submit(write: Callable[..., None], split: str, *args: Any) -> Future[None]:
+            while pending and pending[0].done():
+                pending.pop(0).result()
+            pending.append(pool.submit(lambda: write(writer(split), *args)))
+            return pending[-1]
 
-        def log(entry: Entry) -> None:
-            add(scalars, entry.split, entry.step, entry.values)
+        def log(entry: LogEntry) -> None:
+            submit(write_scalars, entry.split, entry.step, entry.values)
 
-        def hook(step: int, state: Any, logs: Any) -> None:
-            if copied:
-                copied.pop().result()  # one copy of the weights at a time
-            # The state itself is about to be donated. What several processes gathered may have no room on one device.
+        def histogram_hook(step: int, state: Any, logs: Any) -> None:
+            if pending_weights:
+                pending_weights.pop().result()  # one copy of the weights at a time
+            # Copies, because the state is donated next. Weights gathered from several processes may not fit on one device.
             copies = {
                 name: np.array(leaf) if isinstance(leaf, np.ndarray) else jax.device_put(leaf, may_alias=False)
-                for name, leaf in whole(weights(names, state)).items()
+                for name, leaf in to_host(named_weights(names, state)).items()
             }
-            copied.append(add(histograms, "train", step, copies))
+            pending_weights.append(submit(write_histograms, "train", step, copies))
 
         known = {
             (path.parent.name, event.step)
-            for path in directory.glob(f"*/{FILE}")
-            for event in events(path.parent)
-            if _curves(event)
+            for path in directory.glob(f"*/{EVENT_FILE}")
+            for event in read_events(path.parent)
+            if _has_scalars(event)
         }
         for entry in entries:
             if (entry.split, entry.step) not in known:
                 log(entry)
         try:
-            yield log, hook, finish
+            yield log, histogram_hook, flush_hook
         finally:
-            finish()
+            flush_hook()
 
 
-def _png(figure: "Figure") -> bytes:
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=110)
-    return png.getvalue()
-
-
-def _curves(event: Any) -> bool:
+def _has_scalars(event: Any) -> bool:
     return any(value.HasField("simple_value") for value in event.summary.value)
 
 
@@ -280,9 +323,9 @@ def _is_state(node: Any) -> bool:
     return isinstance(node, State)
 
 
-def _record(data: bytes) -> bytes:
-    """Data as event files hold it: between its length and checksums."""
+def _frame(data: bytes, size: int | None = None) -> bytes:
+    """Returns data as a record of an event file: with its length, or another one, and checksums."""
     from tensorboardX.record_writer import masked_crc32c
 
-    header = struct.pack("<Q", len(data))
+    header = struct.pack("<Q", len(data) if size is None else size)
     return header + struct.pack("<I", masked_crc32c(header)) + data + struct.pack("<I", masked_crc32c(data))
