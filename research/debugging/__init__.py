@@ -1,0 +1,15 @@
+"""Finding what is wrong with a learner.
+
+- `blame`: the first layer of a step that is not finite, and the rows of the batch that cause it
+- `contract`: whether a learner written by hand keeps the contract of `Learner`
+- `failures`: a failing step on disk and as a table
+- `history`: the state of a run after any of its steps, computed again; what the run did about bad steps
+- `instrument`: a training step with the outputs and gradients of all layer calls
+- `replay`, `replay_page`: a step of a run once more, bit for bit, with what happens inside it; as a page
+"""
+
+from research.debugging.blame import blame
+from research.debugging.contract import check_learner
+from research.debugging.replay import replay
+
+__all__ = ["blame", "check_learner", "replay"]
