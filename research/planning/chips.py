@@ -1,17 +1,28 @@
-"""What chips can do, as those who make them publish it; in one place, with the pages."""
+"""Published peak rates of TPU chips, with the page that each was taken from."""
 
 import difflib
 import math
 from typing import NamedTuple
 
-from research.state import Refused
+from research.core.state import InvalidArgument
 
 
 class Chip(NamedTuple):
-    """One chip: operations a second in bfloat16, bytes of memory that programs may use, and bytes a second.
+    """The rates of one chip, in units per second and bytes.
 
-    `network` is what all its links carry in one direction. `slices` are the shapes in which chips are wired together, `config` is
-    what libtpu calls the way in which a chip is one device.
+    Fields:
+        flops: FLOPs per second in bfloat16.
+        memory: bytes of HBM that programs may use.
+        bandwidth: HBM bytes per second.
+        network: bytes per second that all inter-chip links together receive.
+        slices: the shapes in which chips are wired together.
+        accelerator: what libtpu calls a small slice of these chips.
+        config: what libtpu calls the configuration in which one chip is one device.
+        page: where the numbers are published.
+
+    >>> v5e = CHIPS["v5e"]
+    >>> v5e.flops, v5e.memory / GIB, v5e.slices[0]
+    (197000000000000.0, 15.75, '2x2')
     """
 
     flops: float
@@ -19,38 +30,40 @@ class Chip(NamedTuple):
     bandwidth: float
     network: float
     slices: tuple[str, ...]
+    accelerator: str
     config: str
     page: str
 
 
 GIB = 1 << 30
-_FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
+_2D = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
+_PAGE = "https://cloud.google.com/tpu/docs/"
 
-# Published: the bandwidth of v5e's, v5p's and v6e's links is given for both directions together, so half of it goes one way; v4's
-# is six links of 50 GB/s each way (Jouppi et al. 2023, arXiv:2304.01433, table 4). Of the memory the compiler keeps some: what it
-# says that programs may use is here.
+# The published link bandwidth of v5e, v5p and v6e is bidirectional, so half of it is received. v4 has six links of 50 GB/s in
+# each direction (Jouppi et al. 2023, arXiv:2304.01433, table 4). The compiler reserves part of the HBM: the sizes here exclude
+# that part.
 CHIPS = {
-    "v4": Chip(275e12, 30.75 * GIB, 1200e9, 300e9, _CUBES, "megacore", "https://cloud.google.com/tpu/docs/v4"),
-    "v5e": Chip(197e12, 15.75 * GIB, 819e9, 400e9 / 2, _FLAT, "default", "https://cloud.google.com/tpu/docs/v5e"),
-    "v5p": Chip(459e12, 95.74 * GIB, 2765e9, 1200e9 / 2, _CUBES, "default", "https://cloud.google.com/tpu/docs/v5p"),
-    "v6e": Chip(918e12, 31.25 * GIB, 1638e9, 800e9 / 2, _FLAT, "default", "https://cloud.google.com/tpu/docs/v6e"),
+    "v4": Chip(275e12, 30.75 * GIB, 1200e9, 300e9, _3D, "v4-8", "megacore", f"{_PAGE}v4"),
+    "v5e": Chip(197e12, 15.75 * GIB, 819e9, 400e9 / 2, _2D, "v5litepod-8", "default", f"{_PAGE}v5e"),
+    "v5p": Chip(459e12, 95.74 * GIB, 2765e9, 1200e9 / 2, _3D, "v5p-8", "default", f"{_PAGE}v5p"),
+    "v6e": Chip(918e12, 31.25 * GIB, 1638e9, 800e9 / 2, _2D, "v6e-8", "default", f"{_PAGE}v6e"),
 }
 
 
-def slice_of(topology: str) -> tuple[Chip, int]:
-    """The kind of chip that a topology such as `v5e:16x16` is made of, and their number. Raises `Refused` for an unknown one.
+def parse_topology(topology: str) -> tuple[Chip, int]:
+    """Returns the chip and the number of chips of a topology such as `v5e:16x16`. Raises `InvalidArgument` for an unknown one.
 
-    >>> slice_of("v5e:16x16")[1]
+    >>> parse_topology("v5e:16x16")[1]
     256
-    >>> slice_of("v5e:16x15")
+    >>> parse_topology("v5e:16x15")
     Traceback (most recent call last):
-    research.state.Refused: topology 'v5e:16x15': unknown, did you mean 'v5e:16x16'? There are v4:2x2x1, ...
+    research.core.state.InvalidArgument: topology 'v5e:16x15': unknown, did you mean 'v5e:16x16'? There are v4:2x2x1, ...
     """
     known = [f"{name}:{shape}" for name, chip in CHIPS.items() for shape in chip.slices]
     if topology not in known:
-        near = difflib.get_close_matches(topology, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "expected a kind of chip and a shape."
-        raise Refused(f"topology {topology!r}: unknown, {hint} There are {', '.join(known)}.")
-    kind, _, shape = topology.partition(":")
-    return CHIPS[kind], math.prod(map(int, shape.split("x")))
+        nearest = difflib.get_close_matches(topology, known, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else "expected a chip and a shape."
+        raise InvalidArgument(f"topology {topology!r}: unknown, {hint} There are {', '.join(known)}.")
+    name, _, shape = topology.partition(":")
+    return CHIPS[name], math.prod(map(int, shape.split("x")))

@@ -1,7 +1,8 @@
-"""What the mathematics of a function needs: the operations of its matrix products and convolutions, each thing counted once.
+"""Model FLOPs: the matrix products and convolutions that the results of a function need, without recomputation.
 
-A program that is to fit into memory computes some values twice (`jax.checkpoint`). What a model needs is the same with and
-without, so values are numbered: the same operation on the same operands gives the same number, and each number counts once.
+A program may compute some values twice to save memory (`jax.checkpoint`). Model FLOPs are the same with and without. So values
+are numbered (value numbering, as in common subexpression elimination): the same primitive on the same operands gives the same
+number, and each number counts once.
 """
 
 import functools
@@ -10,27 +11,28 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend
 import numpy as np
 
-CALLS = {
-    "jit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "checkpoint": "jaxpr",
-    "remat2": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-}
-SAME = ("optimization_barrier", "sharding_constraint", "copy", "copy_p", "name")  # what they give is what they are given
+from research.transforms.jaxpr import (
+    Scan,
+    called_program,
+    inner_programs,
+    inputs,
+    interpret,
+    is_program,
+    parameters,
+    scan,
+)
+
+IDENTITY_PRIMITIVES = ("optimization_barrier", "sharding_constraint", "copy", "copy_p", "name")
 
 
 def model_flops(function: Callable[..., Any], *args: Any) -> int:
-    """Multiplications and additions of the matrix products and convolutions that a function's results need.
+    """Returns the FLOPs of the matrix products and convolutions that a function's results need; a multiply-add counts as two.
 
-    `args` are arrays or `jax.ShapeDtypeStruct`s. What is computed again by `jax.checkpoint` counts once, what no result needs not
-    at all. A loop's body counts as often as a `lax.scan` runs it; of a `cond` the dearest branch; a `while_loop`, whose length
-    nobody knows, once. What is inside a hand-written kernel (Pallas) is not looked into.
+    `args` are arrays or `jax.ShapeDtypeStruct`s. Values that `jax.checkpoint` computes again count once; values that no result
+    depends on do not count. The body of a `lax.scan` counts once per iteration. Of a `cond`, the branch with the most FLOPs
+    counts. The body of a `while_loop`, whose trip count is unknown, counts once. Pallas kernels count as zero.
 
     >>> import jax.numpy as jnp
     >>> def layers(x, weights):
@@ -41,140 +43,145 @@ def model_flops(function: Callable[..., Any], *args: Any) -> int:
     >>> model_flops(jax.grad(jax.checkpoint(layers), 1), x, weights) == model_flops(jax.grad(layers, 1), x, weights)
     True
     """
-    return _needed(jax.make_jaxpr(function)(*args))
+    return _program_flops(jax.make_jaxpr(function)(*args))
 
 
 @functools.cache
-def taps(inputs: int, outputs: int, window: int, stride: int = 1, low: int = 0, spread: int = 1, gaps: int = 1) -> int:
-    """How often a window that passes over an axis meets an input: neither padding nor a gap between inputs.
+def count_taps(
+    inputs: int, outputs: int, window: int, stride: int = 1, padding: int = 0, dilation: int = 1, input_dilation: int = 1
+) -> int:
+    """Returns how many (output, window tap) pairs along one axis of a convolution meet an input.
 
-    `low` is the padding in front, `spread` the distance between the window's taps, `gaps` that between inputs.
+    Taps on padding, and on the gaps of a dilated input, do not count. `padding` is the padding before the first input, `dilation`
+    the distance between two taps of the window, `input_dilation` the distance between two inputs.
 
-    >>> taps(inputs=5, outputs=5, window=3, low=1)
+    >>> count_taps(inputs=5, outputs=5, window=3, padding=1)
     13
     """
-    at = np.arange(outputs, dtype=np.int64) * stride - low
-    end = (inputs - 1) * gaps + 1
-    found = 0
-    for tap in range(0, window * spread, spread):
-        met = at + tap
-        found += int(np.count_nonzero((met >= 0) & (met < end) & (met % gaps == 0)))
-    return found
+    starts = np.arange(outputs, dtype=np.int64) * stride - padding
+    end = (inputs - 1) * input_dilation + 1
+    count = 0
+    for offset in range(0, window * dilation, dilation):
+        positions = starts + offset
+        count += int(np.count_nonzero((positions >= 0) & (positions < end) & (positions % input_dilation == 0)))
+    return count
 
 
 class _Values(NamedTuple):
-    """Numbered values: by what they are, what each is made of, what each costs, and which are the parts of a loop's output."""
+    """A value numbering.
 
-    known: dict[Any, int]
-    parts: list[tuple[int, ...]]
+    `numbers` maps a value's key to its number, `dependencies[number]` are the numbers that it is computed from, `costs` the
+    FLOPs of computing it. `stacked` maps the stacked output of a scan to the scan's length and the number of one slice.
+    """
+
+    numbers: dict[Any, int]
+    dependencies: list[tuple[int, ...]]
     costs: dict[int, int]
     stacked: dict[int, tuple[int, int]]
 
-    def number(self, key: Any, parts: Iterable[int] = ()) -> int:
-        """The number of what is called so, a new one where it was not met before."""
-        if key not in self.known:
-            self.known[key] = len(self.parts)
-            self.parts.append(tuple(parts))
-        return self.known[key]
+    def number(self, key: Any, dependencies: Iterable[int] = ()) -> int:
+        """Returns the number of a key; a new key gets a new number."""
+        if key not in self.numbers:
+            self.numbers[key] = len(self.dependencies)
+            self.dependencies.append(tuple(dependencies))
+        return self.numbers[key]
 
 
-def _needed(closed: Any) -> int:
+def _program_flops(program: Any) -> int:
     values = _Values({}, [], {}, {})
-    given = [values.number(("argument", i)) for i in range(len(closed.jaxpr.invars))]
-    pending, seen = _walk(values, closed.jaxpr, closed.consts, given, 1), set()
+    arguments = [values.number(("argument", i)) for i in range(len(inputs(program)))]
+    pending = _number_results(values, program, arguments, 1)
+    needed: set[int] = set()
     while pending:
         number = pending.pop()
-        if number not in seen:
-            seen.add(number)
-            pending.extend(values.parts[number])
-    return sum(cost for number, cost in values.costs.items() if number in seen)
+        if number not in needed:
+            needed.add(number)
+            pending.extend(values.dependencies[number])
+    return sum(cost for number, cost in values.costs.items() if number in needed)
 
 
-def _walk(values: _Values, jaxpr: Any, consts: Sequence[Any], given: Sequence[int], times: int) -> list[int]:
-    """The numbers of a program's results from those of its arguments; it runs so many times."""
-    numbers = dict(zip(jaxpr.invars, given, strict=True))
-    numbers.update((variable, values.number(_key(const))) for variable, const in zip(jaxpr.constvars, consts, strict=True))
+def _number_results(values: _Values, program: Any, arguments: Sequence[int], repeats: int) -> list[int]:
+    """Returns the numbers of a program's results, from those of its arguments. The program runs `repeats` times."""
 
-    def of(atom: Any) -> int:
-        if isinstance(atom, jax.extend.core.Literal):
-            return values.number(("literal", str(jax.typeof(atom.val).dtype), _key(np.asarray(atom.val))))
-        return numbers[atom]
+    def number_constant(value: Any) -> int:
+        key = _key(value if isinstance(value, jax.Array) else np.asarray(value))
+        return values.number(("constant", str(jax.typeof(value).dtype), key))
 
-    for equation in jaxpr.eqns:
-        name, operands = equation.primitive.name, [of(atom) for atom in equation.invars]
-        if name in SAME:
-            found = operands
-        elif name in CALLS:
-            inner = equation.params[CALLS[name]]
-            found = _walk(values, getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), operands, times)
-        elif name == "scan":
-            found = _scanned(values, equation.params, operands, times)
-        else:
-            whole = values.number((name, _key(equation.params), *operands), operands)
-            found = [values.number((whole, i), (whole,)) for i in range(len(equation.outvars))]
-            cost = _cost(equation)
-            if cost:
-                values.costs.setdefault(whole, cost * times)
-        numbers.update(zip(equation.outvars, found, strict=True))
-    return [of(atom) for atom in jaxpr.outvars]
+    def number_equation(equation: Any, operands: list[int]) -> list[int]:
+        name, inner, loop = equation.primitive.name, called_program(equation), scan(equation)
+        if name in IDENTITY_PRIMITIVES:
+            return operands
+        if inner is not None:
+            return _number_results(values, inner, operands, repeats)
+        if loop is not None:
+            return _number_scan_results(values, loop, operands, repeats)
+        number = values.number((name, _key(parameters(equation)), *operands), operands)
+        flops = _equation_flops(equation)
+        if flops:
+            values.costs.setdefault(number, flops * repeats)
+        return [values.number((number, i), (number,)) for i in range(len(equation.outvars))]
+
+    return interpret(program, arguments, number_equation, number_constant)
 
 
-def _scanned(values: _Values, params: Any, operands: list[int], times: int) -> list[int]:
-    """A loop: what one passes through at an index is the same value for a later loop that takes it up at that index."""
-    length, fixed, carries = params["length"], params["num_consts"], params["num_carry"]
-    consts, starts, columns = operands[:fixed], operands[fixed : fixed + carries], operands[fixed + carries :]
+def _number_scan_results(values: _Values, loop: Scan, operands: list[int], repeats: int) -> list[int]:
+    """Returns the numbers of a scan's results.
+
+    A slice of the stacked output of one scan has the same number in a later scan of the same length that iterates over that
+    output: this is how a forward pass and its recomputation in the backward pass get the same numbers.
+    """
+    num_consts, num_carry, length, reverse = loop.num_consts, loop.num_carry, loop.length, loop.reverse
+    consts, initial, iterated = (
+        operands[:num_consts],
+        operands[num_consts : num_consts + num_carry],
+        operands[num_consts + num_carry :],
+    )
     slices = [
-        values.stacked[column][1]
-        if values.stacked.get(column, (0, 0))[0] == length
-        else values.number(("slice", length, column), (column,))
-        for column in columns
+        values.stacked[number][1]
+        if values.stacked.get(number, (0, 0))[0] == length
+        else values.number(("slice", length, number), (number,))
+        for number in iterated
     ]
-    inner, direction = params["jaxpr"], params["reverse"]
 
-    def body(carried: list[int]) -> list[int]:
-        return _walk(values, inner.jaxpr, inner.consts, [*consts, *carried, *slices], times * length)
+    def number_body(carry: list[int]) -> list[int]:
+        return _number_results(values, loop.body, [*consts, *carry, *slices], repeats * length)
 
-    # A carried value is what it starts from and how it goes on. The latter is known when the body was walked, so this is done
-    # until nothing more is told apart. What the earlier walks found is part of no result and does not count.
-    carried, told = [values.number(("carried", length, direction, start), (start,)) for start in starts], 0
-    while carries and len(set(carried)) > told:
-        told = len(set(carried))
-        onward = body(carried)[:carries]
-        pairs = zip(starts, onward, strict=True)
-        carried = [values.number(("carried", length, direction, start, on), (start,)) for start, on in pairs]
-    outputs = body(carried)
-    for number, on in zip(carried, outputs[:carries], strict=True):
-        values.parts[number] = (*values.parts[number], on)
-    last = [values.number(("last", number), (number,)) for number in carried]
-    stacks = [values.number(("stack", length, output), (output,)) for output in outputs[carries:]]
-    values.stacked.update((stack, (length, output)) for stack, output in zip(stacks, outputs[carries:], strict=True))
-    return [*last, *stacks]
+    # A carry is identified by its initial value and by its next value. The next value is known only after numbering the body, so
+    # the body is numbered until the number of distinct carries is stable. Values of earlier rounds are needed by no result, so
+    # they do not count.
+    carry, num_distinct = [values.number(("carry", length, reverse, start), (start,)) for start in initial], 0
+    while num_carry and len(set(carry)) > num_distinct:
+        num_distinct = len(set(carry))
+        following = number_body(carry)[:num_carry]
+        pairs = zip(initial, following, strict=True)
+        carry = [values.number(("carry", length, reverse, start, after), (start,)) for start, after in pairs]
+    outputs = number_body(carry)
+    for number, after in zip(carry, outputs[:num_carry], strict=True):
+        values.dependencies[number] = (*values.dependencies[number], after)
+    final = [values.number(("final", number), (number,)) for number in carry]
+    stacks = [values.number(("stack", length, output), (output,)) for output in outputs[num_carry:]]
+    values.stacked.update((stack, (length, output)) for stack, output in zip(stacks, outputs[num_carry:], strict=True))
+    return [*final, *stacks]
 
 
-def _cost(equation: Any) -> int:
-    name, params = equation.primitive.name, equation.params
+def _equation_flops(equation: Any) -> int:
+    name, params = equation.primitive.name, parameters(equation)
     if name == "dot_general":
-        (left, _), _ = params["dimension_numbers"]
+        (contracting, _), _ = params["dimension_numbers"]
         shape = equation.invars[0].aval.shape
-        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[axis] for axis in left)
+        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracting)
     if name == "conv_general_dilated":
-        return _convolution(params, *(atom.aval.shape for atom in (*equation.invars, *equation.outvars)))
-    inside = [leaf for leaf in jax.tree.leaves(list(params.values()), is_leaf=_is_program) if _is_program(leaf)]
-    costs = [_needed(each if hasattr(each, "consts") else _Closed(each, ())) for each in inside]
-    return (max if name == "cond" else sum)(costs) if costs else 0
+        return _convolution_flops(params, *(atom.aval.shape for atom in (*equation.invars, *equation.outvars)))
+    flops = [_program_flops(program) for program in inner_programs(equation)]
+    return (max if name == "cond" else sum)(flops) if flops else 0
 
 
-class _Closed(NamedTuple):
-    jaxpr: Any
-    consts: Sequence[Any]
-
-
-def _convolution(params: Any, inputs: Sequence[int], kernel: Sequence[int], outputs: Sequence[int]) -> int:
+def _convolution_flops(params: Any, inputs: Sequence[int], kernel: Sequence[int], outputs: Sequence[int]) -> int:
     numbers = params["dimension_numbers"]
     batch, *_ = numbers.lhs_spec
     features_out, features_in, *window = numbers.rhs_spec
-    met = math.prod(
-        taps(
+    taps = math.prod(
+        count_taps(
             inputs[numbers.lhs_spec[2 + i]],
             outputs[numbers.out_spec[2 + i]],
             kernel[axis],
@@ -185,26 +192,22 @@ def _convolution(params: Any, inputs: Sequence[int], kernel: Sequence[int], outp
         )
         for i, axis in enumerate(window)
     )
-    return 2 * inputs[batch] // params["batch_group_count"] * kernel[features_out] * kernel[features_in] * met
+    return 2 * inputs[batch] // params["batch_group_count"] * kernel[features_out] * kernel[features_in] * taps
 
 
 def _key(value: Any) -> Any:
-    """Something to tell an equation's settings and constants by: equal for equal ones."""
+    """Returns a hashable key of an equation's parameters or of a constant; equal values have equal keys."""
     if isinstance(value, dict):
-        return tuple(sorted((name, _key(each)) for name, each in value.items() if name not in ("name", "debug_info")))
+        return tuple(sorted((name, _key(item)) for name, item in value.items() if name not in ("name", "debug_info")))
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        return tuple(_key(each) for each in value)
+        return tuple(_key(item) for item in value)
     if isinstance(value, np.ndarray) or np.isscalar(value):
         array = np.asarray(value)
         return (array.shape, str(array.dtype), array.tobytes())
-    if _is_program(value):
+    if is_program(value):
         return str(value)
     try:
         hash(value)
     except TypeError:
         return id(value)
     return value
-
-
-def _is_program(value: Any) -> bool:
-    return isinstance(value, jax.extend.core.Jaxpr | jax.extend.core.ClosedJaxpr)
