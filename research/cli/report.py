@@ -1,14 +1,19 @@
-"""Writes a page about runs: `report.py RUN` that run's report.html, `report.py RUN RUN ... [--output FILE]` one with all."""
+"""Writes a page about a run, report.html: `report RUN`; about several side by side: `report RUN RUN ... [--output FILE]`."""
 
 from pathlib import Path
 
-import run as runner
+from research.cli.arguments import fail, print_error
+from research.core.state import InvalidArgument
 
 USAGE = "just report RUN [RUN ...] [--output FILE]: run directories, or experiments' names for their latest runs."
 
 
 def main(arguments: list[str]) -> int:
-    """The command line; returns the exit code."""
+    """Runs the command line; returns the exit code.
+
+    >>> main(["--output"])
+    2
+    """
     names, output = [], None
     remaining = iter(arguments)
     for argument in remaining:
@@ -17,23 +22,22 @@ def main(arguments: list[str]) -> int:
         else:
             names.append(argument)
     if not names or output == "" or any(name.startswith("-") for name in names):
-        return runner.refuse(USAGE, 2)
-    from research import Refused, picture, record, report
+        return fail(USAGE, 2)
+    from research.reporting import picture, record, report
 
     try:
-        runs = [record.read(path)[0] for path in dict.fromkeys(record.find(name, Path("runs")) for name in names)]
+        directories = dict.fromkeys(record.find_run(name, Path("runs")) for name in names)
+        runs = [record.read_run(directory, print_error)[0] for directory in directories]
         if len(runs) > 1 or output is not None:
-            path = report.comparison(runs, Path(output or "runs/report.html"))
+            path = report.write_comparison(runs, Path(output or "runs/report.html"))
         else:
-            record.draw(runs[0], {"curves": picture.curves(record.entries(runs[0]))})
-            path = report.page(runs[0])
-    except Refused as refusal:
-        return runner.refuse(str(refusal), 1)
-    except OSError as error:
-        return runner.refuse(f"{error.filename}: it can't be written ({error.strerror}); choose another place: --output FILE.", 1)
+            record.save_figures(runs[0], {"curves": picture.plot_curves(record.read_entries(runs[0]))})
+            path = report.write_report(runs[0], print_error)
+    except InvalidArgument as error:
+        return fail(str(error), 1)
+    except (OSError, ValueError) as error:  # a path that can't be written, or that no file can have
+        place = getattr(error, "filename", None) or output or runs[0].directory
+        reason = getattr(error, "strerror", None) or "it is no path"
+        return fail(f"{str(place)[:200]}: it can't be written ({reason}); choose another place: --output FILE.", 1)
     print(path)
     return 0
-
-
-if __name__ == "__main__":
-    runner.as_program(main)

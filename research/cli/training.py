@@ -1,0 +1,289 @@
+"""Training of a run from a checkpoint to its end, with everything that is recorded on the way."""
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from research.cli.arguments import print_error
+from research.cli.errors import remove_tracebacks
+from research.cli.experiment import Experiment
+from research.cli.options import Options
+from research.cli.outputs import write_outputs
+from research.cli.placement import Placed
+from research.cli.recovery import recover
+from research.cli.runs import checkpoint_origin, recorded_file
+from research.cli.startup import process_start_time
+from research.core.learner import Learner
+from research.core.state import InvalidArgument, count_parameters
+from research.data.batches import Batches
+from research.distributed import processes
+from research.reporting import progress, record, run_files
+from research.training import checkpoint, loop, signals
+from research.training.bad_steps import BadStep, LossWatch, state_check, without_recent
+
+
+class Session(NamedTuple):
+    """A run that is ready to train: its directory, what is trained on what, and the checkpoint to start from."""
+
+    run: record.Run
+    experiment: Experiment
+    config: Any
+    options: Options
+    placed: Placed
+    start: checkpoint.Checkpoint
+
+    @property
+    def learner(self) -> Learner:
+        """What is trained."""
+        return self.placed.learner
+
+    @property
+    def splits(self) -> dict[str, Batches]:
+        """The data, on the devices that it is trained on."""
+        return self.placed.splits
+
+    def outputs_arguments(self, state: Any) -> tuple[Any, Learner, Any, dict[str, Batches]]:
+        """Returns what the experiment's functions take: config, learner, state and splits. All processes must call it."""
+        return self.config, self.placed.local_learner, processes.to_host(state), self.placed.local_splits
+
+    @property
+    def steps(self) -> int:
+        """The number of training steps of the complete run."""
+        epochs: int = self.config.epochs * self.splits["train"].steps_per_epoch
+        return epochs if self.config.steps is None else min(self.config.steps, epochs)
+
+    @property
+    def histogram_every(self) -> int:
+        """Steps between histograms of the weights: an epoch, or a tenth of all epochs, since more would slow down the run."""
+        steps_per_epoch = self.splits["train"].steps_per_epoch
+        return steps_per_epoch * max(1, -(-self.steps // steps_per_epoch) // 10)
+
+
+class Recorder:
+    """Records a run's logs: in metrics.jsonl, and as the current state of its summary."""
+
+    def __init__(self, session: Session) -> None:
+        step = session.start.step
+        self.run = session.run
+        self.steps_per_epoch = session.splits["train"].steps_per_epoch
+        self.summary: dict[str, Any] = {
+            "status": "failed",
+            "steps": step,
+            "epochs": 0,
+            "metrics": {},
+            "resumed_from": step or None,
+        }
+        self.summary["parameters"] = count_parameters(session.start.state)
+        self.first: tuple[int, float] | None = None  # step and time of the first log
+
+    def log(self, entry: loop.LogEntry) -> None:
+        """Records the metrics of a step."""
+        now = time.time()
+        if self.first is None:
+            self.first = (entry.step, now)
+            self.summary["seconds_to_first_step"] = now - process_start_time()
+        steps, seconds = entry.step - self.first[0], now - self.first[1]
+        prefix = "" if entry.split == "train" else f"{entry.split}_"
+        self.summary["metrics"].update({prefix + name: value for name, value in entry.values.items()})
+        self.summary.update(steps=entry.step, epochs=entry.step / self.steps_per_epoch)
+        self.summary["steps_per_second"] = steps / seconds if steps and seconds else None
+        record.append_entry(self.run, entry)
+
+    def write_summary(self, status: str) -> None:
+        """Writes summary.json."""
+        self.summary["status"] = status
+        record.write_summary(self.run, self.summary)
+
+
+def run_session(session: Session) -> int:
+    """Trains to the end, writes the outputs and the report, and returns the exit code.
+
+    A signal stops training after a checkpoint; the exit code is then 75. Exceptions leave the status "failed" in the summary.
+    """
+    recorder = Recorder(session)
+    directory = session.run.shared_directory or session.run.directory
+
+    def write_stopped(number: int) -> None:
+        recorder.write_summary("stopped" if number == signal.SIGINT else "preempted")
+        if processes.is_first():
+            steps = f"after step {recorder.summary['steps']}"
+            print(
+                f"stopped by {signal.Signals(number).name} {steps}; to go on: just resume {directory}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    with signals.graceful_shutdown(write_stopped) as stop:
+        try:
+            session, state = train_past_bad_steps(session, recorder, processes.any_process(stop))
+            parts = session.outputs_arguments(state)
+            results = write_outputs(session.run, session.experiment.module, parts, recorder.summary)
+        except loop.Stopped as stopped:
+            recorder.summary["steps"] = stopped.step or recorder.summary["steps"]
+            write_stopped(stop.signal or signal.SIGTERM)  # the signal may have been another process' own
+            return signals.RESUMABLE
+        except Exception:
+            with contextlib.suppress(OSError):  # the disk may be what failed
+                recorder.write_summary("failed")
+            raise
+        recorder.write_summary("finished")
+        if processes.is_first():
+            remove_tracebacks(session.run.directory)
+        page = write_report(session.run)
+    metrics = recorder.summary["metrics"]
+    values = {name: value for name, value in metrics.items() if name.endswith("accuracy") or name in results} or metrics
+    print(f"{'  '.join(f'{name} {value:.4g}' for name, value in values.items())}\n{page}")
+    return 0
+
+
+def write_report(run: record.Run) -> Path:
+    """Writes the report of a finished run; returns its path. Raises `InvalidArgument` if it can't be written."""
+    from research.reporting import report
+
+    try:
+        return report.write_report(run, print_error)
+    except OSError as error:
+        raise InvalidArgument(
+            f"{run.directory / 'report.html'}: it can't be written ({error.strerror}), but the run is finished; free space or "
+            f"fix permissions, then: just report {run.directory}"
+        ) from error
+
+
+def complete_report(run: record.Run) -> None:
+    """Writes the report of a finished run if the process that finished it was killed before it had done so."""
+    page, summary = run.directory / "report.html", run.directory / "summary.json"
+    complete = page.is_file() and page.stat().st_mtime_ns >= summary.stat().st_mtime_ns
+    if not complete or any(run.directory.glob(".*.partial")):
+        with contextlib.suppress(record.Locked), record.lock(run):  # if locked, that process writes it
+            run_files.tidy(run.directory, print_error)
+            write_report(run)
+
+
+def train_past_bad_steps(session: Session, recorder: Recorder, stop: Callable[[], bool]) -> tuple[Session, Any]:
+    """Trains to the last step, past bad steps if the options say so. Returns the session that ended, and the trained state."""
+    while True:
+        options = session.options
+        watch = LossWatch(
+            session.splits["train"].steps_per_epoch,
+            threshold=None if options.on_spike is None else options.spike_threshold,
+            window=options.spike_window,
+            logs=session.start.logs,
+        )
+        try:
+            return session, train(session, recorder, stop, watch)
+        except BadStep as bad:
+            session = session._replace(start=recover(session, bad, watch.recent()))
+            record.start(session.run, session.options.recorded(), session.start.step, recorded_file(session.experiment))
+
+
+def train(session: Session, recorder: Recorder, stop: Callable[[], bool], watch: LossWatch) -> Any:
+    """Trains from the checkpoint to the last step and evaluates "test", if there is one. Returns the trained state.
+
+    Raises `loop.Stopped`, after a checkpoint, if `stop` returns True, and `BadStep`.
+    """
+    from research.reporting import tensorboard
+
+    run, learner, total = session.run, session.learner, session.steps
+    data, step = session.splits["train"], session.start.step
+    print(_describe(session, recorder.summary["parameters"]), flush=True)
+    logged = [run.directory / name for name in ("config.json", "metrics.jsonl")]  # a checkpoint is of no use without them
+
+    with (
+        progress.show_progress(total, data.steps_per_epoch, step) as (show, show_step),
+        tensorboard.recorder(
+            run.directory / "tensorboard", learner.names, record.read_entries(run), step, print_error
+        ) as tensorboard_hooks,
+        checkpoint.async_saver(run.checkpoints, learner.names, origin=checkpoint_origin(run), flush=logged) as save,
+        _profile_hooks(session) as profile_hooks,
+    ):
+        log_scalars, write_weights, wait_for_tensorboard = tensorboard_hooks
+
+        def log(entry: loop.LogEntry) -> None:
+            recorder.log(entry)
+            log_scalars(entry)
+            show(entry)
+
+        def on_progress(step: int, waited: float) -> None:
+            recorder.summary["seconds_waiting_for_data"] = waited
+            show_step(step, waited)
+
+        checkpoint_every = session.options.checkpoint_every or total + 1
+        check_state = state_check(session.start.state)
+
+        def save_with_losses(step: int, state: Any, logs: Any) -> None:
+            save(step, state, {**logs, **watch.recent()})
+
+        if step and (step % session.histogram_every == 0 or step == total):
+            write_weights(step, session.start.state, {})
+        try:
+            trained, _ = loop.train(
+                learner,
+                data,
+                steps=total,
+                start=step,
+                state=session.start.state,
+                logs=without_recent(session.start.logs),
+                log_every=session.options.log_every,
+                log=log,
+                evaluations={"val": session.splits["val"]} if "val" in session.splits else {},
+                # The checkpoint comes last: what belongs to the steps before it is then on disk.
+                hooks=[
+                    (checkpoint_every, check_state),
+                    *profile_hooks,
+                    *_epoch_hooks(session),
+                    (session.histogram_every, write_weights),
+                    (checkpoint_every, wait_for_tensorboard),
+                    (checkpoint_every, save_with_losses),
+                ],
+                stop=stop,
+                progress=on_progress,
+                watch=watch,
+            )
+        except loop.Stopped as stopped:
+            check_state(stopped.step, stopped.state, {})
+            save_with_losses(stopped.step, stopped.state, stopped.logs or {})
+            raise
+        if "test" in session.splits:
+            values = loop.evaluate(learner, session.splits["test"], trained, stop)
+            log(loop.LogEntry(total, max(0, total - 1) // data.steps_per_epoch, "test", values))
+    return trained
+
+
+def _describe(session: Session, parameters: int) -> str:
+    """Returns one line about the training that is to come."""
+    data = session.splits["train"]
+    steps = f"{session.steps - session.start.step:,} steps to go, {data.steps_per_epoch:,} in an epoch"
+    return f"{parameters:,} trainable parameters; {steps} of {data.examples:,} examples"
+
+
+def _profile_hooks(session: Session) -> Any:
+    """A context manager that gives the hooks that trace the steps of `--profile`."""
+    from research.reporting import profiling
+
+    steps = session.options.profile
+    return contextlib.nullcontext([]) if steps is None else profiling.trace_steps(session.run.directory / "profile", *steps)
+
+
+def _epoch_hooks(session: Session) -> list[tuple[int, loop.Hook]]:
+    """Returns the hook that saves the experiment's figures of each epoch, if it defines `each_epoch`."""
+    module, steps_per_epoch = session.experiment.module, session.splits["train"].steps_per_epoch
+    if not hasattr(module, "each_epoch"):
+        return []
+
+    def save_epoch_figures(step: int, state: Any, logs: Any) -> None:
+        epoch = -(-step // steps_per_epoch)
+        try:
+            figures = module.each_epoch(*session.outputs_arguments(state))
+            record.save_figures(session.run, figures, epoch=epoch)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            print(f"no pictures of epoch {epoch}: a device has no room for them beside the training", file=sys.stderr)
+
+    return [(steps_per_epoch, save_epoch_figures)]
