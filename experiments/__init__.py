@@ -1,1 +1,1 @@
-"""Experiments: one file each, found by `just run`."""
+"""Experiments, one file each: `just run` lists them. Files that start with an underscore hold what several experiments share."""

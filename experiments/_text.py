@@ -1,6 +1,6 @@
-"""Text that every machine has, Python's own standard library, and the writing of more of it: what language models here share.
+"""Text that every machine has, Python's own standard library: how language models here read it and generate more of it.
 
-Whole files are held out. Their paths alone decide which: they are the same for every model and seed.
+Whole files are held out. Which ones depends only on their paths, so it is the same for every model and seed.
 """
 
 import functools
@@ -18,143 +18,148 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 import research
-from research.data import Batches, steps_in
+from research.data import Batches, num_batches
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Tests, tables and documentation are little like the rest, what others wrote is another thing on every machine.
+# Tests, tables and documentation differ from the other files; installed packages differ between machines.
 SKIPPED = re.compile(
     r"(^|/)(tests?|idlelib|turtledemo|tkinter|encodings|pydoc_data|site-packages|dist-packages)/|^(lib2to3|sitecustomize|config-)"
 )
-ONE_HELD_OUT_IN = 16  # files
-HELD_OUT_BYTES = 1 << 17  # of them are evaluated on
-END = b"\0"  # of a file
-TEMPERATURE = 0.8  # of the text in pictures
+FILES_PER_HELD_OUT = 16
+HELD_OUT_BYTES = 1 << 17  # of the held-out files that are evaluated on
+END_OF_FILE = b"\0"
+TEMPERATURE = 0.8  # of the text in figures
+Continuation = Callable[[Array, Array, int], Array]  # (prompt [batch, tokens], key, length) -> tokens [batch, length]
 
 
 @functools.cache
-def files() -> dict[str, dict[str, bytes]]:
-    """The sources of each split by their paths, in order; which one is held out, its path alone decides."""
+def load_files() -> dict[str, dict[str, bytes]]:
+    """Returns the source files of `train` and `val` by path, in the order of their paths.
+
+    Raises `InvalidArgument` if Python's standard library is not installed as source files.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
-    found: dict[str, dict[str, bytes]] = {"train": {}, "val": {}}
-    seen = set()
+    files: dict[str, dict[str, bytes]] = {"train": {}, "val": {}}
+    contents = set()
     for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
         if SKIPPED.search(name) is None:
             content = (root / name).read_bytes()
-            drawn = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-            if content and content not in seen:  # a copy might be trained on and held out
-                found["train" if drawn % ONE_HELD_OUT_IN else "val"][name] = content
-                seen.add(content)
-    size = sum(map(len, found["val"].values()))
+            path_hash = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+            if content and content not in contents:  # no copy is in both splits
+                files["train" if path_hash % FILES_PER_HELD_OUT else "val"][name] = content
+                contents.add(content)
+    size = sum(map(len, files["val"].values()))
     if size < HELD_OUT_BYTES:
-        raise research.Refused(
-            f"text: {root} holds {len(seen)} files of Python's own source, of which {size:,} bytes would be held out; expected "
-            f"{HELD_OUT_BYTES:,} at least: use a Python whose standard library lies there as .py files."
+        raise research.InvalidArgument(
+            f"text: {root} has {len(contents)} files of Python's own source, of which {size:,} bytes would be held out; expected "
+            f"at least {HELD_OUT_BYTES:,}: use a Python whose standard library is installed as .py files."
         )
-    return found
+    return files
 
 
 @functools.cache
-def texts() -> dict[str, Int[np.ndarray, " bytes"]]:
-    """The bytes of each split, the files one after the other: uint8."""
-    return {name: np.frombuffer(b"".join(each + END for each in held.values()), np.uint8) for name, held in files().items()}
+def load_texts() -> dict[str, Int[np.ndarray, " bytes"]]:
+    """Returns the concatenated files of each split: uint8 [bytes]."""
+    texts = {split: b"".join(content + END_OF_FILE for content in files.values()) for split, files in load_files().items()}
+    return {split: np.frombuffer(text, np.uint8) for split, text in texts.items()}
 
 
-def windows(context: int, count: int, batch_size: int, seed: int) -> dict[str, Batches]:
-    """Windows of `context` bytes, `count` in an epoch: `train` and `val`.
+def window_batches(context: int, count: int, batch_size: int, seed: int) -> dict[str, Batches]:
+    """Returns batches of windows of `context` bytes, `count` in an epoch: `train` and `val`.
 
-    Those of `train` lie at random places, drawn by seed and step, those of `val` at places that stay, evenly over its text. Each
-    byte is to be told from those before it in its window: `y` is `x` one further.
+    `x` and `y` are int32 [batch, context]; `y`, the next byte of each, is `x` shifted by one. Windows of `train` start at random
+    positions that depend on seed and step, those of `val` at fixed positions, evenly spaced over its text.
     """
 
     def split(name: str, count: int, size: int) -> Batches:
-        epoch = steps_in(count, size)
+        steps_per_epoch = num_batches(count, size)
 
         def part(step: int, start: int, stop: int) -> research.Batch:
-            text = texts()[name]
+            text = load_texts()[name]
             last = len(text) - context - 1
             if name == "train":
                 starts = np.random.Generator(np.random.Philox(key=[seed, step])).integers(0, last + 1, size)
             else:
-                first = step % epoch * size
+                first = step % steps_per_epoch * size
                 starts = np.linspace(0, last, count).astype(np.int64)[first : first + size]
-            cut = text[starts[start:stop, None] + np.arange(context + 1)].astype(np.int32)
-            return research.Batch(cut[:, :-1], cut[:, 1:])
+            windows = text[starts[start:stop, None] + np.arange(context + 1)].astype(np.int32)
+            return research.Batch(windows[:, :-1], windows[:, 1:])
 
-        rows = jax.ShapeDtypeStruct((size, context), np.int32)
-        return Batches(lambda step: part(step, 0, size), research.Batch(rows, rows), epoch, count, part=part)
+        tokens = jax.ShapeDtypeStruct((size, context), np.int32)
+        return Batches(lambda step: part(step, 0, size), research.Batch(tokens, tokens), steps_per_epoch, count, part=part)
 
-    held_out = max(1, HELD_OUT_BYTES // context)
-    drawn = steps_in(count, batch_size) * batch_size  # every batch is whole
+    val_count = max(1, HELD_OUT_BYTES // context)
+    train_count = num_batches(count, batch_size) * batch_size  # every batch is full
     return {
-        "train": split("train", drawn, batch_size),
-        "val": split("val", held_out, min(batch_size, held_out)),
+        "train": split("train", train_count, batch_size),
+        "val": split("val", val_count, min(batch_size, val_count)),
     }
 
 
-def bits_per_byte(learner: research.Learner, state: research.State, held_out: Batches) -> float:
-    """The loss on held-out windows in bits: what a byte of them would take, compressed by what the network knows."""
-    return research.evaluate(learner, held_out, state)["loss"] / math.log(2)
+def bits_per_byte(learner: research.Learner, state: research.State, val: Batches) -> float:
+    """Returns the loss on held-out windows in bits: the size of each byte when compressed with the network's predictions."""
+    return research.evaluate(learner, val, state)["loss"] / math.log(2)
 
 
-def passage(given: int, length: int) -> np.ndarray:
-    """Held-out text from the beginning of a method on: so many bytes, and `length` after them, as tokens."""
-    text = texts()["val"].tobytes()
-    begin = text.find(b"\n    def ", len(text) // 2) + 1
-    return np.frombuffer(text[begin : begin + given + length], np.uint8).astype(np.int32)
+def held_out_passage(length: int) -> Int[np.ndarray, " {length}"]:
+    """Returns so many tokens of held-out text, from the start of a method on."""
+    text = load_texts()["val"].tobytes()
+    start = text.find(b"\n    def ", len(text) // 2) + 1
+    return np.frombuffer(text[start : start + length], np.uint8).astype(np.int32)
 
 
-def one_by_one(
-    extend: Callable[[Any, Array, Array], tuple[Any, Array]],
+def sample_tokens(
+    decode: Callable[[Any, Array, Array], tuple[Any, Array]],
     cache: Any,
-    prompt: Int[Array, "batch given"],
+    prompt: Int[Array, "batch prompt"],
     key: Array,
     length: int,
     temperature: float | Float[Array, ""],
 ) -> Int[Array, "batch {length}"]:
-    """So many tokens after a prompt, drawn one after the other from any network.
+    """Returns `length` tokens after a prompt, sampled one by one from any network with a cache.
 
-    `extend` takes a cache, tokens and where the first of them stands; it gives the cache with these in it, and the logits of what
-    follows the last, [batch, vocabulary].
+    `decode(cache, tokens, position)` takes tokens [batch, new], the first of them at `position`. It returns the cache with these
+    tokens added, and the logits of the token after the last, [batch, vocabulary]. Temperature 0 takes the most likely token.
     """
 
-    def one(carry: tuple[Any, Array, Array], key: Array) -> tuple[tuple[Any, Array, Array], Array]:
+    def step(carry: tuple[Any, Array, Array], key: Array) -> tuple[tuple[Any, Array, Array], Array]:
         cache, logits, position = carry
-        drawn = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6))
-        token = jnp.where(temperature > 0, drawn, jnp.argmax(logits, -1)).astype(jnp.int32)
-        cache, logits = extend(cache, token[:, None], position)
+        sampled = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6))
+        token = jnp.where(temperature > 0, sampled, jnp.argmax(logits, -1)).astype(jnp.int32)
+        cache, logits = decode(cache, token[:, None], position)
         return (cache, logits, position + 1), token
 
-    cache, logits = extend(cache, prompt, jnp.int32(0))
-    _, tokens = jax.lax.scan(one, (cache, logits, jnp.int32(prompt.shape[1])), jax.random.split(key, length))
+    cache, logits = decode(cache, prompt, jnp.int32(0))
+    _, tokens = jax.lax.scan(step, (cache, logits, jnp.int32(prompt.shape[1])), jax.random.split(key, length))
     return tokens.T
 
 
-def written(go_on: Callable[[Array, Array, int], Array], prompt: np.ndarray, context: int, length: int) -> np.ndarray:
-    """Texts, [texts, tokens], and `length` tokens after each, the same every time: `go_on(prompt, key, length)` writes some.
+def continue_texts(continuation: Continuation, prompts: np.ndarray, context: int, length: int) -> np.ndarray:
+    """Returns prompts [texts, tokens] with `length` generated tokens behind each; the result is always the same.
 
-    When a context is full, which the prompt has to leave room in, it goes on from as much of its end as the prompt was.
+    Prompts are shorter than a context. When the context is full, the last tokens, as many as in a prompt, become the next prompt.
     """
-    given, text = prompt.shape[1], prompt
-    for key in jax.random.split(jax.random.key(0), -(-length // (context - given))):
-        new = go_on(jnp.asarray(text[:, -given:], jnp.int32), key, context - given)
-        text = np.concatenate([text, np.asarray(new)], axis=1)
-    return text[:, : given + length]
+    prompt_length, texts = prompts.shape[1], prompts
+    for key in jax.random.split(jax.random.key(0), -(-length // (context - prompt_length))):
+        tokens = continuation(jnp.asarray(texts[:, -prompt_length:], jnp.int32), key, context - prompt_length)
+        texts = np.concatenate([texts, np.asarray(tokens)], axis=1)
+    return texts[:, : prompt_length + length]
 
 
-def compared(go_on: Callable[[Array, Array, int], Array], context: int, length: int = 800) -> "Figure":
-    """A held-out passage beside two texts that are written after its beginning, which is half a context."""
-    given = context // 2
-    real = passage(given, length)
-    first, second = written(go_on, np.stack([real[:given]] * 2), context, length)
-    return pages({"held out": real, "written": first, "written again": second}, given)
+def continuation_figure(continuation: Continuation, context: int, length: int = 800) -> "Figure":
+    """Returns a figure of a held-out passage beside two generated texts with the same beginning, half a context long."""
+    prompt_length = context // 2
+    passage = held_out_passage(prompt_length + length)
+    first, second = continue_texts(continuation, np.stack([passage[:prompt_length]] * 2), context, length)
+    return text_figure({"held out": passage, "generated": first, "generated again": second}, prompt_length)
 
 
-def shown(tokens: np.ndarray, columns: int = 80) -> str:
-    r"""Bytes as text of lines no longer than that; what can't be shown is a dot.
+def wrap_bytes(tokens: np.ndarray, columns: int = 80) -> str:
+    r"""Returns bytes as lines of at most `columns` characters; unprintable bytes become dots.
 
-    >>> shown(np.frombuffer(b"def f(x):\n\treturn x", np.uint8), columns=8)
+    >>> wrap_bytes(np.frombuffer(b"def f(x):\n\treturn x", np.uint8), columns=8)
     'def f(x)\n:\n    retu\nrn x'
     """
     lines = [""]
@@ -169,19 +174,19 @@ def shown(tokens: np.ndarray, columns: int = 80) -> str:
     return "\n".join(lines)
 
 
-def pages(texts: dict[str, np.ndarray], given: int) -> "Figure":
-    """Texts side by side, the given beginning of each in grey."""
+def text_figure(texts: dict[str, np.ndarray], prompt_length: int) -> "Figure":
+    """Returns a figure of texts side by side, the prompt of each in grey."""
     from matplotlib.figure import Figure
 
-    told = {title: (shown(text[:given]), shown(text)) for title, text in texts.items()}
-    height = 0.7 + 0.15 * max(page.count("\n") + 1 for _, page in told.values())
-    figure = Figure(figsize=(6.2 * len(told), height))
-    for i, (title, (beginning, page)) in enumerate(told.items()):
-        left = (i + 0.03) / len(told)
+    wrapped = {title: (wrap_bytes(tokens[:prompt_length]), wrap_bytes(tokens)) for title, tokens in texts.items()}
+    height = 0.7 + 0.15 * max(text.count("\n") + 1 for _, text in wrapped.values())
+    figure = Figure(figsize=(6.2 * len(wrapped), height))
+    for i, (title, (prompt, text)) in enumerate(wrapped.items()):
+        left = (i + 0.03) / len(wrapped)
         figure.text(left, 1 - 0.15 / height, title, fontsize=11, va="top")
-        # Drawn over one another: what is grey in the one is blank in the other.
-        rest = re.sub(r"[^\n]", " ", beginning) + page[len(beginning) :]
-        for text, colour in ((beginning, "0.55"), (rest, "k")):
+        # Two texts in one place: the second is blank where the first is grey.
+        generated = re.sub(r"[^\n]", " ", prompt) + text[len(prompt) :]
+        for layer, colour in ((prompt, "0.55"), (generated, "k")):
             style = {"family": "monospace", "fontsize": 8.5, "va": "top", "color": colour, "parse_math": False}
-            figure.text(left, 1 - 0.5 / height, text, **style)
+            figure.text(left, 1 - 0.5 / height, layer, **style)
     return figure

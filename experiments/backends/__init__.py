@@ -1,1 +1,1 @@
-"""One training step on three backends of Keras, each a page in its backend's own manner: `just backends` compares them."""
+"""One training step on three backends of Keras, each written in the idiom of its backend; `just backends` compares them."""

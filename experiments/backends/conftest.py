@@ -1,3 +1,3 @@
-"""These pages import one backend of Keras each, and a process has only one: doctest must not collect them together."""
+"""Each program imports another backend of Keras, and a process can have only one: doctest must not collect them."""
 
 collect_ignore_glob = ["with_*.py"]

@@ -1,8 +1,8 @@
-"""The training loop of Keras' documents with this library on JAX: a pure step from a state and a batch to the next state.
+"""The training loop of the Keras guides with this library on JAX: a pure step from a state and a batch to the next state.
 
-    python experiments/backends/with_jax.py FOLDER    # `just backends` makes FOLDER/start.npz and runs this
+    python experiments/backends/with_jax.py FOLDER    # `just backends` writes FOLDER/start.npz and runs this
 
-Leaves in FOLDER/jax.npz what `with_tensorflow.py` and `with_torch.py` leave of the same training, to be compared.
+Writes to FOLDER/jax.npz the arrays that `with_tensorflow.py` and `with_torch.py` write of the same training.
 """
 
 import argparse
@@ -20,10 +20,10 @@ import keras  # isort: skip  (research first: it chooses Keras' backend)
 
 
 def main(folder: Path) -> None:
-    """Trains from the weights and the data of FOLDER/start.npz."""
+    """Trains with the initial weights and the data of FOLDER/start.npz."""
     start = np.load(folder / "start.npz")
-    train = research.arrays(start["x"], start["y"], batch_size=64, shuffle=False)
-    val = research.arrays(start["x_val"], start["y_val"], batch_size=64, shuffle=False)
+    train = research.from_arrays(start["x"], start["y"], batch_size=64, shuffle=False)
+    val = research.from_arrays(start["x_val"], start["y_val"], batch_size=64, shuffle=False)
 
     dense = keras.layers.Dense
     model = keras.Sequential([keras.Input((64,)), dense(64, "relu"), dense(64, "relu"), dense(10)])
@@ -38,11 +38,11 @@ def main(folder: Path) -> None:
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: research.State, batch: research.Batch) -> tuple[research.State, dict[str, Any]]:
-        # Logs run since the last reset. The loss, unlike the accuracy, begins anew here, to be that of this one batch.
-        empty = learner.reset(state).metrics
-        return learner.train(state._replace(metrics={**state.metrics, "loss": empty["loss"]}), batch)
+        # Logs are means since the last reset. The loss, unlike the accuracy, is reset here: it is the loss of this batch.
+        initial_metrics = learner.reset(state).metrics
+        return learner.train(state._replace(metrics={**state.metrics, "loss": initial_metrics["loss"]}), batch)
 
-    test_step = jax.jit(learner.evaluate)
+    eval_step = jax.jit(learner.evaluate)
 
     losses, seconds, accuracy, val_accuracy = [], [], [], []
     state = learner.init()
@@ -50,15 +50,15 @@ def main(folder: Path) -> None:
         state = learner.reset(state)
         for step in range(epoch * train.steps_per_epoch, (epoch + 1) * train.steps_per_epoch):
             batch = train.batch(step)
-            began = time.perf_counter()
+            started = time.perf_counter()
             state, logs = train_step(state, batch)
             losses.append(float(logs["loss"]))  # waits for the device: the whole step is timed
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.perf_counter() - started)
         accuracy.append(float(logs["accuracy"]))
 
-        tested = learner.reset(state)
+        eval_state = learner.reset(state)
         for step in range(val.steps_per_epoch):
-            tested, logs = test_step(tested, val.batch(step))
+            eval_state, logs = eval_step(eval_state, val.batch(step))
         val_accuracy.append(float(logs["accuracy"]))
         print(f"epoch {epoch + 1}  loss {losses[-1]:.4f}  val_accuracy {val_accuracy[-1]:.4f}")  # noqa: T201
 
@@ -69,5 +69,5 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where start.npz is")
+    parser.add_argument("folder", type=Path, help="the folder of start.npz")
     main(parser.parse_args().folder)

@@ -1,9 +1,9 @@
-"""The training loop of Keras' documents on TensorFlow: a tape records the forward pass, the step moves Keras' own variables.
+"""The training loop of the Keras guides on TensorFlow: a tape records the forward pass, the step updates Keras' variables.
 
-    python experiments/backends/with_tensorflow.py FOLDER               # `just backends` makes FOLDER/start.npz and runs this
+    python experiments/backends/with_tensorflow.py FOLDER               # `just backends` writes FOLDER/start.npz and runs this
     python experiments/backends/with_tensorflow.py FOLDER --function    # the step compiled by tf.function
 
-Leaves in FOLDER/tensorflow.npz, or tensorflow-function.npz, what `with_jax.py` leaves of the same training.
+Writes to FOLDER/tensorflow.npz, or tensorflow-function.npz, the arrays that `with_jax.py` writes of the same training.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import tensorflow as tf
 
 
 def main(folder: Path, function: bool) -> None:
-    """Trains from the weights and the data of FOLDER/start.npz."""
+    """Trains with the initial weights and the data of FOLDER/start.npz."""
     start = np.load(folder / "start.npz")
     train = tf.data.Dataset.from_tensor_slices((start["x"], start["y"])).batch(64)
     val = tf.data.Dataset.from_tensor_slices((start["x_val"], start["y_val"])).batch(64)
@@ -27,7 +27,7 @@ def main(folder: Path, function: bool) -> None:
     dense = keras.layers.Dense
     model = keras.Sequential([keras.Input((64,)), dense(64, "relu"), dense(64, "relu"), dense(10)])
     model.set_weights([start[f"weight_{i}"] for i in range(6)])
-    loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    loss_fn = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     optimizers = {"sgd": keras.optimizers.SGD, "adam": keras.optimizers.Adam}
     optimizer = optimizers[str(start["optimizer"])](learning_rate=float(start["learning_rate"]))
     train_metric = keras.metrics.SparseCategoricalAccuracy()
@@ -36,31 +36,31 @@ def main(folder: Path, function: bool) -> None:
     def train_step(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
         with tf.GradientTape() as tape:
             logits = model(x, training=True)
-            loss = loss_of(y, logits)
+            loss = loss_fn(y, logits)
         gradients = tape.gradient(loss, model.trainable_weights)
         optimizer.apply(gradients, model.trainable_weights)
         train_metric.update_state(y, logits)
         return loss
 
-    def test_step(x: tf.Tensor, y: tf.Tensor) -> None:
+    def eval_step(x: tf.Tensor, y: tf.Tensor) -> None:
         val_metric.update_state(y, model(x, training=False))
 
     if function:
-        optimizer.build(model.trainable_weights)  # a compiled function makes no variables
-        train_step, test_step = tf.function(train_step), tf.function(test_step)
+        optimizer.build(model.trainable_weights)  # a compiled function can't create variables
+        train_step, eval_step = tf.function(train_step), tf.function(eval_step)
 
     losses, seconds, accuracy, val_accuracy = [], [], [], []
     for epoch in range(int(start["epochs"])):
         train_metric.reset_state()
         for x, y in train:
-            began = time.perf_counter()
+            started = time.perf_counter()
             losses.append(float(train_step(x, y)))
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.perf_counter() - started)
         accuracy.append(float(train_metric.result()))
 
         val_metric.reset_state()
         for x, y in val:
-            test_step(x, y)
+            eval_step(x, y)
         val_accuracy.append(float(val_metric.result()))
         print(f"epoch {epoch + 1}  loss {losses[-1]:.4f}  val_accuracy {val_accuracy[-1]:.4f}")  # noqa: T201
 
@@ -72,7 +72,7 @@ def main(folder: Path, function: bool) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where start.npz is")
+    parser.add_argument("folder", type=Path, help="the folder of start.npz")
     parser.add_argument("--function", action="store_true", help="compile the steps by tf.function")
     options = parser.parse_args()
     main(options.folder, options.function)

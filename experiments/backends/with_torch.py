@@ -1,8 +1,8 @@
-"""The training loop of Keras' documents on PyTorch: backward leaves gradients with the weights, Keras' optimizer applies them.
+"""The training loop of the Keras guides on PyTorch: `backward` stores gradients in the weights, Keras' optimizer applies them.
 
-    python experiments/backends/with_torch.py FOLDER    # `just backends` makes FOLDER/start.npz and runs this
+    python experiments/backends/with_torch.py FOLDER    # `just backends` writes FOLDER/start.npz and runs this
 
-Leaves in FOLDER/torch.npz what `with_jax.py` leaves of the same training.
+Writes to FOLDER/torch.npz the arrays that `with_jax.py` writes of the same training.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 def main(folder: Path) -> None:
-    """Trains from the weights and the data of FOLDER/start.npz."""
+    """Trains with the initial weights and the data of FOLDER/start.npz."""
     start = np.load(folder / "start.npz")
     tensors = {name: torch.from_numpy(start[name]) for name in ("x", "y", "x_val", "y_val")}
     train = DataLoader(TensorDataset(tensors["x"], tensors["y"]), batch_size=64)
@@ -28,7 +28,7 @@ def main(folder: Path) -> None:
     dense = keras.layers.Dense
     model = keras.Sequential([keras.Input((64,)), dense(64, "relu"), dense(64, "relu"), dense(10)])
     model.set_weights([start[f"weight_{i}"] for i in range(6)])
-    loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    loss_fn = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     optimizers = {"sgd": keras.optimizers.SGD, "adam": keras.optimizers.Adam}
     optimizer = optimizers[str(start["optimizer"])](learning_rate=float(start["learning_rate"]))
     train_metric = keras.metrics.SparseCategoricalAccuracy()
@@ -36,11 +36,11 @@ def main(folder: Path) -> None:
 
     def train_step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         logits = model(x, training=True)
-        loss = loss_of(y, logits)
+        loss = loss_fn(y, logits)
         model.zero_grad()
         loss.backward()
         gradients = [weight.value.grad for weight in model.trainable_weights]
-        with torch.no_grad():  # the update is no part of what is differentiated
+        with torch.no_grad():  # the update is not differentiated
             optimizer.apply(gradients, model.trainable_weights)
             train_metric.update_state(y, logits)
         return loss
@@ -49,9 +49,9 @@ def main(folder: Path) -> None:
     for epoch in range(int(start["epochs"])):
         train_metric.reset_state()
         for x, y in train:
-            began = time.perf_counter()
+            started = time.perf_counter()
             losses.append(train_step(x, y).item())
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.perf_counter() - started)
         accuracy.append(float(train_metric.result()))
 
         val_metric.reset_state()
@@ -70,5 +70,5 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where start.npz is")
+    parser.add_argument("folder", type=Path, help="the folder of start.npz")
     main(parser.parse_args().folder)
