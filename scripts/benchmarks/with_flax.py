@@ -1,4 +1,4 @@
-"""Flax NNX and Optax: modules and optimizers hold their variables, and a jitted step bound to them is called for each batch."""
+"""Flax NNX and optax: a jitted step, bound to modules and optimizers, is called for each batch."""
 
 import functools
 import itertools
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from workloads import GAN_RATE, GPT_RATE, RATE, WIDTHS, WORKLOADS, augmented, order
+from workloads import GAN_LEARNING_RATE, GPT_LEARNING_RATE, LEARNING_RATE, WIDTHS, WORKLOADS, augment, order
 
 jax.config.update("jax_platforms", "cpu")
 
@@ -23,13 +23,13 @@ glorot = nnx.initializers.glorot_uniform()
 adam = functools.partial(optax.adam, eps=1e-7)
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 binary_cross_entropy = optax.sigmoid_binary_cross_entropy
-# A step on objects given once, whose variables' buffers it takes over. None of them shares a variable with another: tree mode.
+# Binds a jitted step to objects and donates their variables' buffers. graph=False, since no two objects share a variable.
 bind = functools.partial(nnx.jit_partial, graph=False, donate_argnums=0)
 leaky_relu = functools.partial(nnx.leaky_relu, negative_slope=0.2)
 
 
 def mlp(inputs: int, hidden: int, outputs: int, rngs: nnx.Rngs) -> nnx.Sequential:
-    """One hidden layer."""
+    """Returns a network with one hidden layer."""
     linear = functools.partial(nnx.Linear, kernel_init=glorot, rngs=rngs)
     return nnx.Sequential(linear(inputs, hidden), nnx.relu, linear(hidden, outputs))
 
@@ -44,70 +44,70 @@ class ConvNet(nnx.Module):
         self.logits = nnx.Linear(1600, 10, kernel_init=glorot, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Logits of images."""
+        """Returns the logits of images."""
         for convolution in self.convolutions:
             x = nnx.max_pool(nnx.relu(convolution(x)), (2, 2), strides=(2, 2))
         return self.logits(self.dropout(x.reshape(len(x), -1)))
 
 
 def generator(rngs: nnx.Rngs) -> nnx.Sequential:
-    """From 16 normal numbers to an image from -1 to 1."""
+    """Returns the network from 16 normal numbers to an image from -1 to 1."""
     linear = functools.partial(nnx.Linear, kernel_init=glorot, rngs=rngs)
     return nnx.Sequential(linear(16, 512), leaky_relu, linear(512, 512), leaky_relu, linear(512, 64), nnx.tanh)
 
 
 def discriminator(rngs: nnx.Rngs) -> nnx.Sequential:
-    """From an image to the logit of its being generated."""
+    """Returns the network from an image to a logit, high for generated images."""
     linear = functools.partial(nnx.Linear, kernel_init=glorot, rngs=rngs)
     first = (linear(64, 512), leaky_relu, nnx.Dropout(0.3, rngs=rngs))
     second = (linear(512, 256), leaky_relu, nnx.Dropout(0.3, rngs=rngs))
     return nnx.Sequential(*first, *second, linear(256, 1))
 
 
-class Sentence(nnx.Module):
-    """An embedding and an LSTM: its features after the last word."""
+class SequenceEncoder(nnx.Module):
+    """An embedding and an LSTM, whose output at the last word is returned."""
 
     def __init__(self, rngs: nnx.Rngs):
-        self.embedding = nnx.Embed(4000, 64, embedding_init=_embeddings, rngs=rngs)
-        self.lstm = nnx.RNN(nnx.OptimizedLSTMCell(64, 64, kernel_init=glorot, bias_init=_forget, rngs=rngs))
+        self.embedding = nnx.Embed(4000, 64, embedding_init=_embedding_init, rngs=rngs)
+        self.lstm = nnx.RNN(nnx.OptimizedLSTMCell(64, 64, kernel_init=glorot, bias_init=_lstm_bias_init, rngs=rngs))
 
     def __call__(self, words: jax.Array) -> jax.Array:
-        """Features of rows of word numbers."""
+        """Returns the features of rows of word ids."""
         (_, features), _ = self.lstm(self.embedding(words), seq_lengths=(words != 0).sum(1), return_carry=True)
         return features
 
 
 class Tickets(nnx.Module):
-    """Logits of a ticket's priority and department."""
+    """The network from a ticket to the logits of its priority and department."""
 
     def __init__(self, rngs: nnx.Rngs):
-        self.title, self.body = Sentence(rngs), Sentence(rngs)
+        self.title, self.body = SequenceEncoder(rngs), SequenceEncoder(rngs)
         self.priority = nnx.Linear(135, 1, kernel_init=glorot, rngs=rngs)
         self.department = nnx.Linear(135, 6, kernel_init=glorot, rngs=rngs)
 
     def __call__(self, title: jax.Array, body: jax.Array, tags: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Logits of a batch of tickets."""
+        """Returns both logits of a batch of tickets."""
         features = jnp.concatenate([self.title(title), self.body(body), tags], axis=1)
         return self.priority(features), self.department(features)
 
 
 class Block(nnx.Module):
-    """Causal attention and a wide layer, each around a residual connection."""
+    """A transformer block: causal attention and an MLP, each with a residual connection."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.norms = nnx.List([nnx.LayerNorm(128, epsilon=1e-5, rngs=rngs) for _ in range(2)])
         self.attention = nnx.MultiHeadAttention(4, 128, kernel_init=glorot, decode=False, rngs=rngs)
-        self.widen = nnx.Linear(128, 512, kernel_init=glorot, rngs=rngs)
-        self.narrow = nnx.Linear(512, 128, kernel_init=glorot, rngs=rngs)
+        self.up = nnx.Linear(128, 512, kernel_init=glorot, rngs=rngs)
+        self.down = nnx.Linear(512, 128, kernel_init=glorot, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Features of the same shape."""
+        """Returns features of the same shape."""
         x = x + self.attention(self.norms[0](x), is_causal=True)
-        return x + self.narrow(nnx.gelu(self.widen(self.norms[1](x)), approximate=True))
+        return x + self.down(nnx.gelu(self.up(self.norms[1](x)), approximate=True))
 
 
 class GPT(nnx.Module):
-    """From bytes to the logits of the next ones."""
+    """The network from bytes to the logits of each next byte."""
 
     def __init__(self, rngs: nnx.Rngs):
         embedding = functools.partial(nnx.Embed, features=128, embedding_init=nnx.initializers.normal(0.02), rngs=rngs)
@@ -117,15 +117,15 @@ class GPT(nnx.Module):
         self.logits = nnx.Linear(128, 256, kernel_init=glorot, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Logits for each position."""
+        """Returns the logits of each position."""
         x = self.bytes(x) + self.positions(jnp.arange(x.shape[1]))
         for block in self.blocks:
             x = block(x)
         return self.logits(self.norm(x))
 
 
-def classify(model: nnx.Module, optimizer: nnx.Optimizer, metrics: nnx.MultiMetric, batch: Arrays) -> None:
-    """A step of softmax cross-entropy."""
+def classifier_step(model: nnx.Module, optimizer: nnx.Optimizer, metrics: nnx.MultiMetric, batch: Arrays) -> None:
+    """Updates a classifier by the softmax cross-entropy."""
 
     def objective(model: nnx.Module) -> tuple[jax.Array, jax.Array]:
         logits = model(batch["x"])
@@ -136,13 +136,13 @@ def classify(model: nnx.Module, optimizer: nnx.Optimizer, metrics: nnx.MultiMetr
     metrics.update(loss=loss, logits=logits, labels=batch["y"])
 
 
-def route(model: Tickets, optimizer: nnx.Optimizer, metrics: nnx.MultiMetric, batch: Arrays) -> None:
-    """A step of both of a ticket's losses."""
+def tickets_step(model: Tickets, optimizer: nnx.Optimizer, metrics: nnx.MultiMetric, batch: Arrays) -> None:
+    """Updates the ticket network by the sum of its two losses."""
 
     def objective(model: Tickets) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         priority, department = model(batch["title"], batch["body"], batch["tags"])
-        urgent = binary_cross_entropy(priority, batch["priority"]).mean()
-        return 0.5 * urgent + cross_entropy(department, batch["department"]).mean(), (priority, department)
+        priority_loss = binary_cross_entropy(priority, batch["priority"]).mean()
+        return 0.5 * priority_loss + cross_entropy(department, batch["department"]).mean(), (priority, department)
 
     (loss, (priority, department)), gradients = nnx.value_and_grad(objective, has_aux=True)(model)
     optimizer.update(model, gradients)
@@ -151,41 +151,41 @@ def route(model: Tickets, optimizer: nnx.Optimizer, metrics: nnx.MultiMetric, ba
     metrics.department_accuracy.update(logits=department, labels=batch["department"])
 
 
-def compete(
-    judge: nnx.Sequential,
-    artist: nnx.Sequential,
-    judging: nnx.Optimizer,
-    drawing: nnx.Optimizer,
+def gan_step(
+    discriminator: nnx.Sequential,
+    generator: nnx.Sequential,
+    d_optimizer: nnx.Optimizer,
+    g_optimizer: nnx.Optimizer,
     average: nnx.EMA,
     rngs: nnx.Rngs,
     metrics: nnx.MultiMetric,
     batch: Arrays,
 ) -> None:
-    """A step of the discriminator, then one of the generator against it."""
+    """Updates the discriminator, then the generator against the new discriminator, then the generator's average."""
     count = len(batch["x"])
-    images = jnp.concatenate([artist(rngs.normal((count, 16))), batch["x"]])
+    images = jnp.concatenate([generator(rngs.normal((count, 16))), batch["x"]])
     targets = jnp.repeat(jnp.array([1.0, 0.0]), count)[:, None] + rngs.uniform((2 * count, 1), maxval=0.05)
     latents = rngs.normal((count, 16))
 
-    def telling_apart(judge: nnx.Sequential) -> jax.Array:
-        return binary_cross_entropy(judge(images), targets).mean()
+    def discriminator_loss(discriminator: nnx.Sequential) -> jax.Array:
+        return binary_cross_entropy(discriminator(images), targets).mean()
 
-    def deceiving(artist: nnx.Sequential, judge: nnx.Sequential) -> jax.Array:
-        return binary_cross_entropy(judge(artist(latents)), jnp.zeros((count, 1))).mean()
+    def generator_loss(generator: nnx.Sequential, discriminator: nnx.Sequential) -> jax.Array:
+        return binary_cross_entropy(discriminator(generator(latents)), jnp.zeros((count, 1))).mean()
 
-    d_loss, gradients = nnx.value_and_grad(telling_apart)(judge)
-    judging.update(judge, gradients)
-    g_loss, gradients = nnx.value_and_grad(deceiving)(artist, judge)
-    drawing.update(artist, gradients)
-    average.update(artist)
+    d_loss, gradients = nnx.value_and_grad(discriminator_loss)(discriminator)
+    d_optimizer.update(discriminator, gradients)
+    g_loss, gradients = nnx.value_and_grad(generator_loss)(generator, discriminator)
+    g_optimizer.update(generator, gradients)
+    average.update(generator)
     metrics.update(d_loss=d_loss, g_loss=g_loss)
 
 
 def build(system: str, workload: str, data: dict[str, np.ndarray]) -> Callable[[int], dict[str, float]]:
-    """Training on a workload: a function of a number of epochs."""
-    size, done = WORKLOADS[workload], itertools.count()
-    step, *bound = _learner(workload)
-    read = bind(_read, bound[-1])
+    """Returns a function that trains some epochs and returns the last one's logs."""
+    size, epoch_numbers = WORKLOADS[workload], itertools.count()
+    step, *bound = _step_and_objects(workload)
+    read = bind(_read_and_reset, bound[-1])
 
     if workload == "stream":
         train_step = bind(step, *bound)
@@ -194,14 +194,14 @@ def build(system: str, workload: str, data: dict[str, np.ndarray]) -> Callable[[
             for batch in _prefetched(_stream(data, rows, first=epoch * size.steps)):
                 train_step(batch)
     else:
-        train_step, arrays = bind(_gathering(step), *bound), jax.device_put(data)
+        train_step, arrays = bind(_gather_then(step), *bound), jax.device_put(data)
 
         def train_epoch(epoch: int, rows: np.ndarray) -> None:
             for batch in jnp.asarray(rows, jnp.int32):
                 train_step(arrays, batch)
 
     def train(epochs: int) -> dict[str, float]:
-        for epoch in itertools.islice(done, epochs):
+        for epoch in itertools.islice(epoch_numbers, epochs):
             train_epoch(epoch, order(size.examples, epoch).reshape(size.steps, size.batch_size))
             logs = {name: float(value) for name, value in jax.device_get(read()).items()}
         return logs
@@ -209,73 +209,73 @@ def build(system: str, workload: str, data: dict[str, np.ndarray]) -> Callable[[
     return train
 
 
-def _learner(workload: str) -> tuple[Any, ...]:
-    """A workload's step and what it changes, the metrics last."""
+def _step_and_objects(workload: str) -> tuple[Any, ...]:
+    """Returns a workload's step and the objects that it updates, the metrics last."""
     rngs, average = nnx.Rngs(0), nnx.metrics.Average
     if workload == "gan-64":
-        judge, artist = discriminator(rngs), generator(rngs)
-        optimizers = [nnx.Optimizer(model, adam(GAN_RATE, b1=0.5), wrt=nnx.Param) for model in (judge, artist)]
+        models = discriminator(rngs), generator(rngs)
+        optimizers = [nnx.Optimizer(model, adam(GAN_LEARNING_RATE, b1=0.5), wrt=nnx.Param) for model in models]
         metrics = nnx.MultiMetric(d_loss=average("d_loss"), g_loss=average("g_loss"))
-        return compete, judge, artist, *optimizers, nnx.EMA(artist, decay=0.995, only=nnx.Param), rngs, metrics
-    step, update = classify, adam(RATE)
+        return gan_step, *models, *optimizers, nnx.EMA(models[1], decay=0.995, only=nnx.Param), rngs, metrics
+    step, update = classifier_step, adam(LEARNING_RATE)
     metrics = nnx.MultiMetric(loss=average("loss"), accuracy=nnx.metrics.Accuracy())
     if workload == "convnet-64":
         model = ConvNet(rngs)
     elif workload == "tickets-128":
         accuracies = {"priority_accuracy": nnx.metrics.Accuracy(threshold=0.0), "department_accuracy": nnx.metrics.Accuracy()}
-        model, step, metrics = Tickets(rngs), route, nnx.MultiMetric(loss=average("loss"), **accuracies)
+        model, step, metrics = Tickets(rngs), tickets_step, nnx.MultiMetric(loss=average("loss"), **accuracies)
     elif workload == "gpt-16":
-        model, update, metrics = GPT(rngs), adam(GPT_RATE), nnx.MultiMetric(loss=average("loss"))
+        model, update, metrics = GPT(rngs), adam(GPT_LEARNING_RATE), nnx.MultiMetric(loss=average("loss"))
     else:
         model = mlp(*WIDTHS[workload], rngs)
     if workload == "digits-mlp-32":
-        # Optax's advice for small weights: fewer arrays go in and out. The copies cost larger networks more than that saves.
+        # optax recommends it for small weights: fewer arguments per call. For larger ones its copies cost more than that saves.
         update = optax.flatten(update)
     return step, model, nnx.Optimizer(model, update, wrt=nnx.Param), metrics
 
 
-def _gathering(step: Step) -> Step:
-    """The step, on some rows of arrays."""
+def _gather_then(step: Step) -> Step:
+    """Returns the step with the arguments arrays and rows in place of a batch."""
 
-    def gathered(*arguments: Any) -> None:
+    def step_on_rows(*arguments: Any) -> None:
         *bound, arrays, rows = arguments
         step(*bound, {name: array[rows] for name, array in arrays.items()})
 
-    return gathered
+    return step_on_rows
 
 
-def _read(metrics: nnx.MultiMetric) -> Arrays:
-    """Means over the epoch, which then starts anew."""
+def _read_and_reset(metrics: nnx.MultiMetric) -> Arrays:
+    """Returns the means over the epoch and resets them."""
     logs = metrics.compute()
     metrics.reset()
     return logs
 
 
 def _stream(data: dict[str, np.ndarray], rows: np.ndarray, first: int) -> Iterator[dict[str, np.ndarray]]:
-    """An epoch's batches, from its first step's number on."""
+    """Yields an epoch's batches; `first` is the number of its first step."""
     for step, batch in enumerate(rows, first):
-        yield {"x": augmented(data["x"][batch], seed=step), "y": data["y"][batch]}
+        yield {"x": augment(data["x"][batch], seed=step), "y": data["y"][batch]}
 
 
 def _prefetched(batches: Iterator[dict[str, np.ndarray]], ahead: int = 2) -> Iterator[Arrays]:
-    """Batches on the device, made in a thread, so many ahead of the one in use."""
+    """Yields batches on the device; a thread prepares `ahead` of them in advance."""
 
-    def make() -> Arrays | None:
+    def load() -> Arrays | None:
         batch = next(batches, None)
         return None if batch is None else jax.device_put(batch)
 
     with ThreadPoolExecutor(1) as thread:
-        waiting = deque(thread.submit(make) for _ in range(ahead))
-        while batch := waiting.popleft().result():
-            waiting.append(thread.submit(make))
+        pending = deque(thread.submit(load) for _ in range(ahead))
+        while batch := pending.popleft().result():
+            pending.append(thread.submit(load))
             yield batch
 
 
-def _embeddings(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """Uniform from -0.05 to 0.05."""
+def _embedding_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """Draws uniformly from -0.05 to 0.05."""
     return jax.random.uniform(key, shape, dtype, -0.05, 0.05)
 
 
-def _forget(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """Ones for the forget gate, which is the second of four."""
+def _lstm_bias_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """Returns ones for the forget gate, the second of four, and zeros for the others."""
     return jnp.repeat(jnp.array([0, 1, 0, 0], dtype), shape[0] // 4)

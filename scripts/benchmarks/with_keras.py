@@ -1,4 +1,4 @@
-"""Keras' own `fit`, on whichever backend Keras has."""
+"""Keras' own `fit`, on any Keras backend."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,32 +7,32 @@ import keras
 import networks
 import numpy as np
 from keras import ops
-from workloads import GAN_RATE, GPT_RATE, RATE, WORKLOADS
+from workloads import GAN_LEARNING_RATE, GPT_LEARNING_RATE, LEARNING_RATE, WORKLOADS
 
 BACKEND = keras.backend.backend()
 
 
 def build(system: str, workload: str, data: dict[str, Any]) -> Callable[[int], dict[str, float]]:
-    """A model and its `fit`."""
-    many = system in ("keras-jax-32", "keras-tensorflow")  # what is best for TensorFlow everywhere
-    return trainer(keras.Model.fit, compiled(workload, 32 if many else 1), workload, data)
+    """Returns a function that trains some epochs and returns the last one's logs."""
+    steps_per_execution = 32 if system in ("keras-jax-32", "keras-tensorflow") else 1  # 32 is best for TensorFlow everywhere
+    return train_with(keras.Model.fit, compiled(workload, steps_per_execution), workload, data)
 
 
-def trainer(
+def train_with(
     fit: Callable[..., Any], model: keras.Model, workload: str, data: dict[str, Any]
 ) -> Callable[[int], dict[str, float]]:
-    """Trains by `fit(model, ...)`, Keras' own or one with the same arguments."""
-    source = examples(workload, data)
+    """Returns a function that trains by `fit(model, ...)`, which has the arguments of Keras' own."""
+    arguments = data_arguments(workload, data)
 
     def train(epochs: int) -> dict[str, float]:
-        history = fit(model, **source, epochs=epochs, verbose=0, shuffle=True).history
+        history = fit(model, **arguments, epochs=epochs, verbose=0, shuffle=True).history
         return {name: float(values[-1]) for name, values in history.items()}
 
     return train
 
 
 def compiled(workload: str, steps_per_execution: int) -> keras.Model:
-    """A workload's network with its loss, optimizer and metrics."""
+    """Returns a workload's network, compiled with its loss, optimizer and metrics."""
     keras.utils.set_random_seed(0)
     options = {"steps_per_execution": steps_per_execution}
     if workload == "gan-64":
@@ -42,30 +42,30 @@ def compiled(workload: str, steps_per_execution: int) -> keras.Model:
     model = networks.network(workload)
     crossentropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     if workload == "gpt-16":
-        model.compile(keras.optimizers.Adam(GPT_RATE), crossentropy, **options)
+        model.compile(keras.optimizers.Adam(GPT_LEARNING_RATE), crossentropy, **options)
     elif workload == "tickets-128":
         model.compile(
-            keras.optimizers.Adam(RATE),
+            keras.optimizers.Adam(LEARNING_RATE),
             loss={"priority": keras.losses.BinaryCrossentropy(from_logits=True), "department": crossentropy},
             loss_weights={"priority": 0.5, "department": 1.0},
             metrics={"priority": [keras.metrics.BinaryAccuracy(name="accuracy", threshold=0.0)], "department": ["accuracy"]},
             **options,
         )
     else:
-        model.compile(keras.optimizers.Adam(RATE), crossentropy, metrics=["accuracy"], **options)
+        model.compile(keras.optimizers.Adam(LEARNING_RATE), crossentropy, metrics=["accuracy"], **options)
     return model
 
 
 class GAN(keras.Model):
-    """Both networks and their step; how a gradient is taken is each backend's own."""
+    """Both networks and their step. Each backend's subclass computes gradients in its own way."""
 
     def __init__(self) -> None:
         super().__init__()
         self.discriminator, self.generator = networks.gan()
         self.d_weights, self.g_weights = self.discriminator.trainable_variables, self.generator.trainable_variables
         self.average = [keras.Variable(ops.convert_to_numpy(weight), trainable=False) for weight in self.g_weights]
-        self.d_optimizer = keras.optimizers.Adam(GAN_RATE, beta_1=0.5)
-        self.g_optimizer = keras.optimizers.Adam(GAN_RATE, beta_1=0.5)
+        self.d_optimizer = keras.optimizers.Adam(GAN_LEARNING_RATE, beta_1=0.5)
+        self.g_optimizer = keras.optimizers.Adam(GAN_LEARNING_RATE, beta_1=0.5)
         self.d_optimizer.build(self.d_weights)
         self.g_optimizer.build(self.g_weights)
         self.d_slots = self.d_optimizer.variables  # `fit` carries the variables of a model and of one optimizer
@@ -76,11 +76,11 @@ class GAN(keras.Model):
 
     @property
     def metrics(self) -> list[keras.Metric]:
-        """What the logs are."""
+        """Returns the metrics that are logged."""
         return [self.d_loss, self.g_loss]
 
     def step(self, real: Any) -> dict[str, Any]:
-        """A step of the discriminator, one of the generator against it, one of the average."""
+        """Updates the discriminator, the generator and the average; returns the logs."""
         count = WORKLOADS["gan-64"].batch_size
         mixed = ops.concatenate([self.generator(self.latents(count)), real])
         targets = ops.concatenate([ops.ones((count, 1)), ops.zeros((count, 1))])
@@ -91,9 +91,9 @@ class GAN(keras.Model):
         self.d_optimizer.apply(gradients, self.d_weights)
         self.d_loss.update_state(loss)
 
-        latents, deceit = self.latents(count), ops.zeros((count, 1))
+        latents, real_targets = self.latents(count), ops.zeros((count, 1))
         loss, gradients = self.gradients(
-            lambda: self.crossentropy(deceit, self.discriminator(self.generator(latents, training=True), training=True)),
+            lambda: self.crossentropy(real_targets, self.discriminator(self.generator(latents, training=True), training=True)),
             self.g_weights,
         )
         self.g_optimizer.apply(gradients, self.g_weights)
@@ -104,47 +104,47 @@ class GAN(keras.Model):
         return {metric.name: metric.result() for metric in self.metrics}
 
     def latents(self, count: int) -> Any:
-        """What images are generated from."""
+        """Draws the generator's inputs."""
         return keras.random.normal((count, 16), seed=self.seeds)
 
 
 class JaxGAN(GAN):
-    """With `fit`'s state in the place of the variables' values."""
+    """On JAX: `fit` passes the values of the variables as a state."""
 
     def train_step(self, state: tuple[list[Any], ...], data: Any) -> tuple[dict[str, Any], tuple[list[Any], ...]]:
-        """The state of all variables to the next one."""
+        """Returns the logs and the next state."""
         parts = (self.trainable_variables, self.non_trainable_variables, self.optimizer.variables, self.metrics_variables)
-        now = [pair for part, values in zip(parts, state, strict=True) for pair in zip(part, values, strict=True)]
-        with keras.StatelessScope(now) as scope:
+        mapping = [pair for part, values in zip(parts, state, strict=True) for pair in zip(part, values, strict=True)]
+        with keras.StatelessScope(mapping) as scope:
             logs = self.step(data)
         return logs, tuple([scope.get_current_value(variable) for variable in part] for part in parts)
 
     def gradients(self, loss: Callable[[], Any], weights: list[keras.Variable]) -> tuple[Any, list[Any]]:
-        """A loss and its gradient; the seeds that it used move on."""
+        """Returns a loss and its gradient, and updates the seed generators that the loss used."""
         import jax
 
-        moving = self.non_trainable_variables
+        non_trainable = self.non_trainable_variables
 
         def pure(values: list[Any]) -> tuple[Any, list[Any]]:
-            now = [(variable, variable.value) for variable in self.variables]
-            with keras.StatelessScope([*now, *zip(weights, values, strict=True)]) as scope:
-                return loss(), [scope.get_current_value(variable) for variable in moving]
+            mapping = [(variable, variable.value) for variable in self.variables]
+            with keras.StatelessScope([*mapping, *zip(weights, values, strict=True)]) as scope:
+                return loss(), [scope.get_current_value(variable) for variable in non_trainable]
 
-        (value, moved), gradients = jax.value_and_grad(pure, has_aux=True)([weight.value for weight in weights])
-        for variable, new in zip(moving, moved, strict=True):
+        (value, new_values), gradients = jax.value_and_grad(pure, has_aux=True)([weight.value for weight in weights])
+        for variable, new in zip(non_trainable, new_values, strict=True):
             variable.assign(new)
         return value, gradients
 
 
 class TensorFlowGAN(GAN):
-    """With a tape."""
+    """On TensorFlow: gradients by a tape."""
 
     def train_step(self, data: Any) -> dict[str, Any]:
-        """Moves the variables."""
+        """Updates the variables and returns the logs."""
         return self.step(data)
 
     def gradients(self, loss: Callable[[], Any], weights: list[keras.Variable]) -> tuple[Any, list[Any]]:
-        """A loss and its gradient."""
+        """Returns a loss and its gradient."""
         import tensorflow as tf
 
         with tf.GradientTape() as tape:
@@ -153,17 +153,17 @@ class TensorFlowGAN(GAN):
 
 
 class TorchGAN(GAN):
-    """With autograd."""
+    """On PyTorch: gradients by autograd."""
 
     def train_step(self, data: Any) -> dict[str, Any]:
-        """Moves the variables."""
+        """Updates the variables and returns the logs."""
         import torch
 
         with torch.no_grad():
             return self.step(data)
 
     def gradients(self, loss: Callable[[], Any], weights: list[keras.Variable]) -> tuple[Any, list[Any]]:
-        """A loss and its gradient."""
+        """Returns a loss and its gradient."""
         import torch
 
         with torch.enable_grad():
@@ -174,8 +174,8 @@ class TorchGAN(GAN):
 GANS = {"jax": JaxGAN, "tensorflow": TensorFlowGAN, "torch": TorchGAN}
 
 
-def examples(workload: str, data: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `fit` that are the data."""
+def data_arguments(workload: str, data: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of `fit` that pass the data."""
     size = WORKLOADS[workload].batch_size
     if workload == "stream":
         return {"x": Stream(data["x"], data["y"], size)}
@@ -186,7 +186,7 @@ def examples(workload: str, data: dict[str, Any]) -> dict[str, Any]:
 
 
 class Stream(keras.utils.PyDataset):
-    """Batches of a file in a new order each epoch, cut and mirrored at random."""
+    """Batches read from a file in a new order each epoch, cropped and mirrored at random."""
 
     def __init__(self, x: np.ndarray, y: np.ndarray, batch_size: int, **options: Any) -> None:
         super().__init__(**options)
@@ -199,17 +199,17 @@ class Stream(keras.utils.PyDataset):
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         rows = self.order[index * self.batch_size : (index + 1) * self.batch_size]
-        return augmented(self.x[rows], np.random.default_rng([self.seed, index])), self.y[rows]
+        return augment(self.x[rows], np.random.default_rng([self.seed, index])), self.y[rows]
 
     def on_epoch_end(self) -> None:
         """Draws the next epoch's order."""
         self.order, self.seed = self.rng.permutation(len(self.x)), int(self.rng.integers(2**31))
 
 
-def augmented(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Images cut from within a margin of zeros and mirrored half the time, as rows of numbers from 0 to 1."""
+def augment(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Returns images as float32 rows from 0 to 1, each padded, cropped at random and mirrored with probability 0.5."""
     padded, batch = np.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0))), np.empty_like(images)
-    for i, (top, left, mirrored) in enumerate(rng.integers(0, (9, 9, 2), (len(images), 3))):
-        cut = padded[i, top : top + 32, left : left + 32]
-        batch[i] = cut[:, ::-1] if mirrored else cut
+    for i, (top, left, mirror) in enumerate(rng.integers(0, (9, 9, 2), (len(images), 3))):
+        crop = padded[i, top : top + 32, left : left + 32]
+        batch[i] = crop[:, ::-1] if mirror else crop
     return np.divide(batch.reshape(len(batch), -1), 255, dtype=np.float32)

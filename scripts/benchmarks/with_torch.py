@@ -1,4 +1,4 @@
-"""The workloads in plain PyTorch."""
+"""The workloads in plain PyTorch, without Keras."""
 
 import ctypes
 from collections.abc import Callable, Iterator
@@ -15,21 +15,21 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 Step = Callable[..., dict[str, Tensor]]  # takes a batch, returns its logs
 
-# Where compiling the whole step pays: in others, matrix products or an LSTM's kernels take the time.
+# Compiling the step helps here. In the others, matrix products or an LSTM's kernels take the time.
 COMPILED = ("digits-mlp-32", "gan-64")
 
 
 def build(system: str, workload: str, data: dict[str, Any]) -> Callable[[int], dict[str, float]]:
-    """A function that trains for so many epochs and returns the last one's logs."""
-    torch.set_flush_denormal(True)  # before there are threads, which take it over
-    torch.set_num_threads(1 if workload == "digits-mlp-32" else 2)  # its layers are too small to be shared
+    """Returns a function that trains some epochs and returns the last one's logs."""
+    torch.set_flush_denormal(True)  # before threads start, which inherit it
+    torch.set_num_threads(1 if workload == "digits-mlp-32" else 2)  # its layers are too small for two threads
     torch.manual_seed(0)
     keep_memory()
     step = STEPS[workload]()
     if workload in COMPILED:
         torch._dynamo.config.trace_autograd_ops = True
         step = torch.compile(step, fullgraph=True)
-    batches = (streamed if workload == "stream" else shuffled)(data, workloads.WORKLOADS[workload].batch_size)
+    batches = (from_file if workload == "stream" else from_memory)(data, workloads.WORKLOADS[workload].batch_size)
 
     def train(epochs: int) -> dict[str, float]:
         for _ in range(epochs):
@@ -40,15 +40,15 @@ def build(system: str, workload: str, data: dict[str, Any]) -> Callable[[int], d
 
 
 def keep_memory() -> None:
-    """Has the C library keep what is freed, as other allocators do: else large tensors are new pages at every step."""
+    """Makes the C library reuse freed memory, as other allocators do: else large tensors get new pages at every step."""
     trim_threshold, mmap_threshold = -1, -3
     libc = ctypes.CDLL(None)
     libc.mallopt(trim_threshold, 2**31 - 1)
     libc.mallopt(mmap_threshold, 2**25)
 
 
-def shuffled(data: dict[str, np.ndarray], batch_size: int) -> Callable[[], Iterator[dict[str, Tensor]]]:
-    """Epochs of batches from memory."""
+def from_memory(data: dict[str, np.ndarray], batch_size: int) -> Callable[[], Iterator[dict[str, Tensor]]]:
+    """Returns a function that yields an epoch's batches from memory."""
     tensors = {name: torch.from_numpy(array) for name, array in data.items()}
     tensors = {name: tensor.long() if tensor.dtype == torch.int32 else tensor for name, tensor in tensors.items()}
 
@@ -59,57 +59,57 @@ def shuffled(data: dict[str, np.ndarray], batch_size: int) -> Callable[[], Itera
     return batches
 
 
-def streamed(data: dict[str, np.ndarray], batch_size: int) -> Callable[[], Iterator[dict[str, Tensor]]]:
-    """Epochs of batches from a file, each prepared when it is its turn."""
+def from_file(data: dict[str, np.ndarray], batch_size: int) -> Callable[[], Iterator[dict[str, Tensor]]]:
+    """Returns a function that yields an epoch's batches from a file, each augmented when it is needed."""
     x, y = data["x"], torch.from_numpy(data["y"]).long()
     rng = np.random.default_rng(0)
 
     def batches() -> Iterator[dict[str, Tensor]]:
         for indices in torch.randperm(len(x)).split(batch_size):
-            yield {"x": augmented(x[indices.numpy()], rng), "y": y[indices]}
+            yield {"x": augment(x[indices.numpy()], rng), "y": y[indices]}
 
     return batches
 
 
-def augmented(images: np.ndarray, rng: np.random.Generator) -> Tensor:
-    """Images moved by up to 4 pixels, half of them mirrored, flat and from 0 to 1."""
+def augment(images: np.ndarray, rng: np.random.Generator) -> Tensor:
+    """Returns images as float32 rows from 0 to 1, each padded, cropped at random and mirrored with probability 0.5."""
     n = len(images)
     padded = np.zeros((n, 40, 40, 3), np.uint8)
     padded[:, 4:-4, 4:-4] = images
-    pixels = padded.view("V3")[..., 0]  # three bytes that are moved as one
-    cut = np.lib.stride_tricks.sliding_window_view(pixels, (32, 32), (1, 2))[np.arange(n), *rng.integers(0, 9, (2, n))]
+    pixels = padded.view("V3")[..., 0]  # the three bytes of a pixel are copied together
+    crops = np.lib.stride_tricks.sliding_window_view(pixels, (32, 32), (1, 2))[np.arange(n), *rng.integers(0, 9, (2, n))]
     mirrored = rng.random(n) < 0.5
-    cut[mirrored] = cut[mirrored, :, ::-1]
-    return torch.from_numpy(np.divide(cut.view(np.uint8).reshape(n, -1), 255, dtype=np.float32))
+    crops[mirrored] = crops[mirrored, :, ::-1]
+    return torch.from_numpy(np.divide(crops.view(np.uint8).reshape(n, -1), 255, dtype=np.float32))
 
 
 class Adam:
-    """The optimizer's function, compiled or fused; `torch.optim.Adam` does the same and costs more around it."""
+    """PyTorch's functional Adam, compiled or fused: the same as `torch.optim.Adam` with less overhead."""
 
-    def __init__(self, model: nn.Module, rate: float = workloads.RATE, beta_1: float = 0.9):
+    def __init__(self, model: nn.Module, learning_rate: float = workloads.LEARNING_RATE, beta_1: float = 0.9):
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self.means, self.squares = ([torch.zeros_like(weight) for weight in self.weights] for _ in range(2))
         self.counts = [torch.zeros(()) for _ in self.weights]
-        self.constants = {"lr": rate, "beta1": beta_1, "beta2": 0.999, "eps": 1e-7, "weight_decay": 0}
+        self.constants = {"lr": learning_rate, "beta1": beta_1, "beta2": 0.999, "eps": 1e-7, "weight_decay": 0}
 
     def minimize(self, loss: Tensor) -> None:
-        """A step down the loss."""
+        """Computes the gradient of the loss and updates the weights."""
         gradients = torch.autograd.grad(loss, self.weights)
-        how = {"foreach": True, "capturable": True} if torch.compiler.is_compiling() else {"fused": True}
+        implementation = {"foreach": True, "capturable": True} if torch.compiler.is_compiling() else {"fused": True}
         with torch.no_grad():
             lists = self.weights, gradients, self.means, self.squares, [], self.counts
-            adam(*lists, amsgrad=False, maximize=False, **self.constants, **how)
+            adam(*lists, amsgrad=False, maximize=False, **self.constants, **implementation)
 
 
 def glorot(module: nn.Module) -> None:
-    """Initializes a dense or convolution layer."""
+    """Initialises a dense or convolution layer: kernel Glorot uniform, bias zero."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
 
 
 def classifier(model: nn.Module) -> Step:
-    """How a network with logits learns classes."""
+    """Returns the step of a network that computes logits of classes."""
     model.apply(glorot)
     optimizer = Adam(model)
 
@@ -123,12 +123,12 @@ def classifier(model: nn.Module) -> Step:
 
 
 def mlp(inputs: int, hidden: int, classes: int) -> Step:
-    """One hidden layer."""
+    """Returns the step of a network with one hidden layer."""
     return classifier(nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, classes)))
 
 
 class ConvNet(nn.Sequential):
-    """Two convolutions; the channels are last, as in the data."""
+    """A network with two convolutions; the channels are last, as in the data."""
 
     def __init__(self):
         super().__init__(
@@ -145,12 +145,12 @@ class ConvNet(nn.Sequential):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of images."""
+        """Returns the logits of images."""
         return super().forward(x.permute(0, 3, 1, 2))
 
 
 def gan() -> Step:
-    """A generator, a discriminator, and the average of the generator's weights."""
+    """Returns the step of the GAN, which also averages the generator's weights."""
     generator = nn.Sequential(
         nn.Linear(16, 512),
         nn.LeakyReLU(0.2),
@@ -169,7 +169,7 @@ def gan() -> Step:
         nn.Linear(256, 1),
     ).apply(glorot)
     move_average = get_ema_multi_avg_fn(1 - 0.005)
-    g_optimizer, d_optimizer = (Adam(model, workloads.GAN_RATE, beta_1=0.5) for model in (generator, discriminator))
+    g_optimizer, d_optimizer = (Adam(model, workloads.GAN_LEARNING_RATE, beta_1=0.5) for model in (generator, discriminator))
     average = [weight.detach().clone() for weight in g_optimizer.weights]
 
     def step(x: Tensor) -> dict[str, Tensor]:
@@ -189,8 +189,8 @@ def gan() -> Step:
     return step
 
 
-class LastOfLSTM(nn.Module):
-    """An embedding and an LSTM: its features after the last word."""
+class SequenceEncoder(nn.Module):
+    """An embedding and an LSTM, whose output at the last word is returned."""
 
     def __init__(self):
         super().__init__()
@@ -204,46 +204,47 @@ class LastOfLSTM(nn.Module):
         nn.init.ones_(self.lstm.bias_ih_l0[64:128])  # of the forget gate
 
     def forward(self, words: Tensor) -> Tensor:
-        """Features of sequences."""
+        """Returns the features of rows of word ids."""
         features, _ = self.lstm(self.embedding(words.T))
         return features[words.count_nonzero(1) - 1, torch.arange(len(words))]
 
 
 class Tickets(nn.Module):
-    """Title, body and tags in, priority and department out."""
+    """The network from a ticket to the logits of its priority and department."""
 
     def __init__(self):
         super().__init__()
-        self.title, self.body = LastOfLSTM(), LastOfLSTM()
+        self.title, self.body = SequenceEncoder(), SequenceEncoder()
         self.priority, self.department = nn.Linear(135, 1), nn.Linear(135, 6)
         self.apply(glorot)
 
     def forward(self, title: Tensor, body: Tensor, tags: Tensor) -> tuple[Tensor, Tensor]:
-        """A logit of the priority and the departments' logits."""
+        """Returns both logits of a batch of tickets."""
         features = torch.cat([self.title(title), self.body(body), tags], 1)
         return self.priority(features), self.department(features)
 
 
 def tickets() -> Step:
-    """How two outputs are learned at once."""
+    """Returns the step of the ticket network."""
     model = Tickets()
     optimizer = Adam(model)
 
     def step(title: Tensor, body: Tensor, tags: Tensor, priority: Tensor, department: Tensor) -> dict[str, Tensor]:
-        logit, logits = model(title, body, tags)
-        loss = 0.5 * F.binary_cross_entropy_with_logits(logit, priority.float()) + F.cross_entropy(logits, department)
+        priority_logit, department_logits = model(title, body, tags)
+        loss = 0.5 * F.binary_cross_entropy_with_logits(priority_logit, priority.float())
+        loss = loss + F.cross_entropy(department_logits, department)
         optimizer.minimize(loss)
         return {
             "loss": loss.detach(),
-            "priority_accuracy": (logit > 0) == priority,
-            "department_accuracy": logits.argmax(1) == department,
+            "priority_accuracy": (priority_logit > 0) == priority,
+            "department_accuracy": department_logits.argmax(1) == department,
         }
 
     return step
 
 
 class Block(nn.Module):
-    """Causal attention and two dense layers, each added to its input."""
+    """A transformer block: causal attention and an MLP, each with a residual connection."""
 
     def __init__(self):
         super().__init__()
@@ -255,7 +256,7 @@ class Block(nn.Module):
             nn.init.xavier_uniform_(matrix)
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the next block takes."""
+        """Returns features of the same shape."""
         heads = self.query_key_value(self.norm_1(x)).unflatten(-1, (3, 4, 32)).transpose(1, 3)
         attended = F.scaled_dot_product_attention(*heads.unbind(2), is_causal=True)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
@@ -263,7 +264,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Embeddings, four blocks, logits."""
+    """The network from bytes to the logits of each next byte."""
 
     def __init__(self):
         super().__init__()
@@ -275,14 +276,14 @@ class GPT(nn.Module):
         glorot(self.logits)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of each next byte."""
+        """Returns the logits of each position."""
         return self.logits(self.norm(self.blocks(self.bytes(x) + self.positions)))
 
 
 def gpt() -> Step:
-    """How the next byte is learned."""
+    """Returns the step of the GPT."""
     model = GPT()
-    optimizer = Adam(model, workloads.GPT_RATE)
+    optimizer = Adam(model, workloads.GPT_LEARNING_RATE)
 
     def step(x: Tensor, y: Tensor) -> dict[str, Tensor]:
         loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())

@@ -1,8 +1,8 @@
-"""One system on one workload, in a process of its own: `worker.py SYSTEM WORKLOAD DIRECTORY STARTED`.
+"""Runs one system on one workload in a process of its own: `worker.py SYSTEM WORKLOAD DIRECTORY START_TIME`.
 
-Trains an epoch, tells what the first one cost, then takes numbers of epochs from its standard input, a line each, and answers
-each with a line of JSON. Whatever else a library prints goes to standard error. A system's module gives
-`build(system, workload, data) -> train`, where `train(epochs)` goes on training, waits for the device and returns the last
+Trains one epoch and reports it. Then reads a number of epochs from each line of standard input, trains them and reports again. A
+report is a line of JSON on standard output. Whatever else a library prints goes to standard error. A system's module has
+`build(system, workload, data) -> train`, where `train(epochs)` continues the training, waits for the device and returns the last
 epoch's logs.
 """
 
@@ -14,45 +14,30 @@ import time
 from pathlib import Path
 
 import workloads
-
-# The module that builds a system, and what has to be in the environment before its libraries are imported.
-SYSTEMS = {
-    "research": ("with_research", {}),
-    "research-unfused": ("with_research", {}),
-    "research-reordered": ("with_research", {}),
-    "research-fit": ("with_research", {}),
-    "jax-scan": ("with_jax", {}),
-    "jax-loop": ("with_jax", {}),
-    "keras-jax": ("with_keras", {"KERAS_BACKEND": "jax"}),
-    "keras-jax-32": ("with_keras", {"KERAS_BACKEND": "jax"}),
-    "keras-tensorflow": ("with_keras", {"KERAS_BACKEND": "tensorflow"}),
-    "keras-torch": ("with_keras", {"KERAS_BACKEND": "torch"}),
-    "torch": ("with_torch", {}),
-    "flax-nnx": ("with_flax", {}),
-}
+from systems import SYSTEMS
 
 
-def main(system: str, workload: str, directory: Path, started: float) -> None:
-    """Answers until standard input ends."""
-    answers = os.fdopen(os.dup(1), "w")
+def main(system: str, workload: str, directory: Path, start_time: float) -> None:
+    """Trains and reports until standard input ends; `start_time` is when the process was started, by `time.time()`."""
+    reports = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    module, environment = SYSTEMS[system]
-    os.environ.update(environment)
-    build = importlib.import_module(module).build
-    imported = _memory("VmRSS")
+    if SYSTEMS[system].keras_backend:
+        os.environ["KERAS_BACKEND"] = SYSTEMS[system].keras_backend
+    build = importlib.import_module(SYSTEMS[system].module).build
+    memory_after_imports = _memory_mb("VmRSS")
     train = build(system, workload, workloads.read(workload, directory))
     logs = train(1)
-    print(json.dumps({"seconds": time.time() - started, "logs": logs}), file=answers, flush=True)
+    print(json.dumps({"seconds": time.time() - start_time, "logs": logs}), file=reports, flush=True)
     for line in sys.stdin:
-        began = time.perf_counter()
+        start = time.perf_counter()
         logs = train(int(line))
-        seconds = time.perf_counter() - began
-        told = {"seconds": seconds, "logs": logs, "peak_mb_over_imports": _memory("VmHWM") - imported}
-        print(json.dumps(told), file=answers, flush=True)
+        seconds = time.perf_counter() - start
+        report = {"seconds": seconds, "logs": logs, "peak_mb_over_imports": _memory_mb("VmHWM") - memory_after_imports}
+        print(json.dumps(report), file=reports, flush=True)
 
 
-def _memory(field: str) -> float:
-    """What Linux says of this process' memory, in MB."""
+def _memory_mb(field: str) -> float:
+    """Returns a field of Linux' memory statistics of this process, in MB."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) / 1000
 

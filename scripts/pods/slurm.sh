@@ -30,12 +30,12 @@ refuse() { # exit code, one line
 root=${SLURM_SUBMIT_DIR:-}
 [ -n "${SLURM_JOB_ID:-}" ] && [ -n "$root" ] || refuse 2 "no SLURM job; start it with: sbatch [option ...] $0 EXPERIMENT ..."
 [ "$#" -gt 0 ] || refuse 2 "the experiment is missing; expected: sbatch [option ...] slurm.sh EXPERIMENT --option value ..."
-[ -x "$root/.venv/bin/python" ] && [ -f "$root/scripts/run.py" ] ||
+[ -x "$root/.venv/bin/python" ] && [ -f "$root/research/__main__.py" ] ||
   refuse 1 "$root: no checkout with its .venv; go to the checkout's root, install, and call sbatch there."
 [ -z "${SLURM_GPUS_PER_TASK:-}" ] ||
   refuse 2 "--gpus-per-task hides a node's other GPUs; use --gpus-per-node and --ntasks-per-node."
 cd "$root"
-export PYTHONUNBUFFERED=1  # what is printed is in the job's file at once
+export PYTHONUNBUFFERED=1  # no delay before output is in the job's file
 
 run_dir=(--run-dir "runs/slurm/${SLURM_JOB_NAME:-research}-$SLURM_JOB_ID")
 for word in "$@"; do
@@ -48,18 +48,18 @@ if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS
 # What each task does. srun's own exit code is the highest of all tasks, so that one that failed (1) would be hidden behind those
 # that are killed for it (137): each task leaves its code in a file. A task that stopped (75) ends well for srun, because with
 # --kill-on-bad-exit it would otherwise kill those that are still saving. SLURM signals only what it started itself, which is
-# this shell: it passes SIGTERM on, and waits again where a signal, and not the process, ended its waiting.
+# this shell: it forwards SIGTERM, and waits again if a signal, and not the end of the process, ended the waiting.
 # shellcheck disable=SC2016 # it is for the shell of each task to expand
 task='
-asked= child=
-trap '\''asked=yes; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || :'\'' TERM
+stop= child=
+trap '\''stop=yes; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || :'\'' TERM
 "${@:2}" &
 child=$!
-[ -z "$asked" ] || kill -TERM "$child" 2>/dev/null || :
+[ -z "$stop" ] || kill -TERM "$child" 2>/dev/null || :
 while :; do
-  asked= code=0
+  stop= code=0
   wait "$child" || code=$?
-  [ -n "$asked" ] || break
+  [ -n "$stop" ] || break
 done
 echo "$code" >"$1/$SLURM_PROCID"
 [ "$code" != 75 ] || exit 0
@@ -68,9 +68,9 @@ exit "$code"'
 codes=$root/runs/.slurm/$SLURM_JOB_ID
 rm -rf "$codes"
 mkdir -p "$codes"
-srun --kill-on-bad-exit=1 --label bash -c "$task" task "$codes" .venv/bin/python scripts/run.py "$@" "${run_dir[@]}" || true
+srun --kill-on-bad-exit=1 --label bash -c "$task" task "$codes" .venv/bin/python -m research run "$@" "${run_dir[@]}" || true
 
-# Files are asked for by name, because shared storage may list new ones late.
+# Files are opened by name, because shared storage may list new ones late.
 failed='' stopped='' died='' killed=''
 for ((i = 0; i < ${SLURM_NTASKS:-${SLURM_JOB_NUM_NODES:-1}}; i++)); do
   code=$(cat "$codes/$i" 2>/dev/null) || code=lost
@@ -80,8 +80,8 @@ for ((i = 0; i < ${SLURM_NTASKS:-${SLURM_JOB_NUM_NODES:-1}}; i++)); do
     75) stopped=yes ;;
     *) died="${died:+$died, }task $i ($code)" ;;
   esac
-  # A process that was killed takes others with it: what they then say is not the cause. 134 is such a one itself, one that
-  # aborted because another was gone.
+  # A killed process makes its peers fail too: their codes are not the cause. 134 is such a peer, which aborted because another
+  # process was gone.
   case $code in 134 | lost) ;; 129 | 13? | 14?) killed=yes ;; esac
 done
 rm -rf "$codes"
@@ -89,7 +89,7 @@ rm -rf "$codes"
 if [ -n "$failed" ] && [ -z "$killed" ]; then exit "$failed"; fi
 if [ -z "$stopped$died" ]; then exit 0; fi
 if [ -n "$killed" ] || [ -z "$stopped" ] && [ "${SLURM_RESTART_COUNT:-0}" -ge "${MAX_RESTARTS:-10}" ]; then
-  refuse 1 "$died died, and the job was restarted $SLURM_RESTART_COUNT times already; see what they say above, and MAX_RESTARTS."
+  refuse 1 "$died died, and the job was restarted $SLURM_RESTART_COUNT times already; see their output above, and MAX_RESTARTS."
 fi
 echo "stopped before its end${died:+, because of $died}: the job is requeued and goes on from its last checkpoint" >&2
 scontrol requeue "$SLURM_JOB_ID" ||

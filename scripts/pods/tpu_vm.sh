@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A run on a Cloud TPU slice: asks for the slice, brings this commit to its workers, runs, and goes on when it is taken away.
-# shellcheck disable=SC2016 # what is in single quotes is for the workers' shells to expand
+# shellcheck disable=SC2016 # the workers' shells expand what is in single quotes
 set -euo pipefail
 
 usage() {
@@ -11,9 +11,9 @@ commands
   create   ask for the slice, and wait until it is ready
   setup    on all workers: this commit, the packages that constraints.txt pins, the shared storage
   run      start an experiment on all workers; returns when it is started
-  follow   show what worker 0 says until the run ends; the exit code is the run's
-  keep     all of it, again and again, until the run is done (0) or fails (1, 2): what is missing is created, what was
-           preempted is deleted and created anew, and the run goes on from its last checkpoint
+  follow   show the output of worker 0 until the run ends; the exit code is the run's
+  keep     all of these, repeated until the run is done (0) or fails (1, 2): creates a missing slice, replaces a preempted
+           one, and resumes the run from its last checkpoint
   stop     SIGTERM to the run on all workers: it saves its state and exits with 75
   status   the state of the slice
   fetch    copy the run directory to this machine
@@ -31,10 +31,10 @@ options
   --bucket BUCKET      or a Cloud Storage bucket; one with a hierarchical namespace, where renaming a directory is atomic
   --run NAME           the run's directory on the shared storage; by default the slice's name
   --to DIRECTORY       where `fetch` puts it; by default runs/
-  --dirty              take changes along that are not committed; without it they are refused
+  --dirty              include uncommitted changes; without it they are an error
   --internal-ip        connect by internal addresses
-  --tries N            how often `keep` tries before it gives up; by default 100
-  --pause SECONDS      between two looks at the slice; by default 30
+  --tries N            attempts of `keep` before it gives up; by default 100
+  --pause SECONDS      between two checks of the slice's state; by default 30
   --dry-run            print every command instead of running it
 
 exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped, and safe to run again
@@ -73,17 +73,17 @@ on() { # workers, a script for their shell
 }
 
 described() { # the state that a `describe` gives; NONE where there is no such thing
-  local said
+  local state
   if [ -n "$dry" ]; then
     tpu "$@"
     cat "$scratch/pretended"
-  elif said=$(tpu "$@" 2>"$scratch/error"); then
-    echo "${said:-UNKNOWN}"
+  elif state=$(tpu "$@" 2>"$scratch/error"); then
+    echo "${state:-UNKNOWN}"
   elif grep -q 'NOT_FOUND\|was not found' "$scratch/error"; then
     echo NONE
   else
     cat "$scratch/error" >&2
-    refuse 1 "gcloud can't tell the state of $name; see what it says above."
+    refuse 1 "gcloud can't describe $name; see its output above."
   fi
 }
 
@@ -156,7 +156,7 @@ pack() { # this commit, and with --dirty what is not in it, as two files
   act git -C "$root" bundle create --quiet "$scratch/research.bundle" HEAD
   : >"$scratch/research.patch"
   if [ -n "$changed" ] && [ -z "$dry" ]; then
-    # An index of its own: what is staged here stays as it is.
+    # A temporary index: the staged changes of this checkout stay as they are.
     GIT_INDEX_FILE=$index git -C "$root" read-tree HEAD
     GIT_INDEX_FILE=$index git -C "$root" add --all
     GIT_INDEX_FILE=$index git -C "$root" diff --cached --binary HEAD >"$scratch/research.patch"
@@ -178,7 +178,7 @@ storage() { # the script that mounts the shared storage
     exit 1
   fi
   sudo chown "\$(id -u)" /mnt/runs
-  # No caches of what is there: one host has to see at once what another wrote.
+  # No metadata caches: a host has to see at once what another host wrote.
   gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 $(quoted "$bucket") /mnt/runs
 TEXT
   fi
@@ -208,7 +208,7 @@ setup() {
 
 start() { # EXPERIMENT --option value ...
   local command wrapped
-  command="$(quoted env PYTHONUNBUFFERED=1 .venv/bin/python scripts/run.py "$@" --run-dir "/mnt/runs/$run")"
+  command="$(quoted env PYTHONUNBUFFERED=1 .venv/bin/python -m research run "$@" --run-dir "/mnt/runs/$run")"
   # Outlives the connection, and the shutdown's SIGTERM to all processes until the state is saved and the exit code written.
   wrapped="trap : TERM; $command; echo \$? >~/run/exit.partial; mv ~/run/exit.partial ~/run/exit"
   on all "set -eu
@@ -225,16 +225,16 @@ echo \$! >~/run/pid"
 
 follow() { # returns the run's exit code
   local codes
-  # This may end early, by a lost connection: what became of the run is asked below.
+  # A lost connection may end this early: the end of the run is determined below.
   on 0 'tail -s 0.3 -n +1 -f --pid="$(cat ~/run/pid)" ~/run/log' || true
   if [ -n "$dry" ]; then
     on all "$ended"
     return 0
   fi
-  # A worker that can't be asked is one whose end is not known.
+  # The exit code of an unreachable worker is unknown.
   codes=$(on all "$ended" | sed -n 's/^exit code //p') || codes="$codes lost"
-  # A process that was killed (137, 139, ...) takes others with it: what they then say is not the cause. 134 is such a one itself,
-  # one that aborted because another was gone.
+  # A killed process (137, 139, ...) makes its peers fail too: their codes are not the cause. 134 is such a peer, which aborted
+  # because another process was gone.
   case " $(tr '\n' ' ' <<<"$codes") " in
     *' 2 '*) return 2 ;;
     *' 13'[0-35-9]' '* | *' 129 '* | *' 14'[0-9]' '*) return 75 ;;
@@ -256,7 +256,7 @@ keep() {
     found=$(standing) || exit
     case $found in
       gone*)
-        say "the slice $name is ${found#* }: it is deleted and asked for again"
+        say "the slice $name is ${found#* }: it is deleted and requested again"
         remove || true
         create || true
         ;;
@@ -269,7 +269,7 @@ keep() {
         if [ "$code" != 75 ]; then return "$code"; fi
         say "the run stopped before its end and goes on"
       elif [ "$((++broken))" = 3 ]; then
-        refuse 1 "the workers of $name can't be made ready, three times in a row; see what they say above."
+        refuse 1 "the workers of $name can't be set up, three times in a row; see their output above."
       fi
     fi
     sleep "$pause"
@@ -344,7 +344,7 @@ command -v gcloud >/dev/null || [ -n "$dry" ] || refuse 1 "there is no gcloud he
 exec 3>&1
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-echo NONE >"$scratch/pretended" # what a dry run takes for the slice's state
+echo NONE >"$scratch/pretended" # the slice's state in a dry run
 
 case $command in
   create)
