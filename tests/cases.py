@@ -1,4 +1,4 @@
-"""The grid that laws are tested over: models, targets and weights that Keras' own trainer gets right."""
+"""The grid of models, targets and weights that laws are tested over; Keras' own trainer handles all of them correctly."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -12,18 +12,18 @@ SIZE = 8
 
 
 class Case(NamedTuple):
-    """A model to build afresh, what to compile it with, and a batch for each step."""
+    """Builds a model, the arguments to compile it with, and a random batch (x, y, sample_weight)."""
 
     model: Callable[[], keras.Model]
-    compiled: Callable[[], dict[str, Any]]
+    compile_args: Callable[[], dict[str, Any]]
     batch: Callable[[np.random.Generator], tuple[Any, Any, Any]]
 
 
-def _x(rng: np.random.Generator, *shape: int) -> np.ndarray:
+def _features(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return rng.normal(size=(SIZE, *shape)).astype("float32")
 
 
-def _norm() -> keras.Model:
+def _batch_norm() -> keras.Model:
     return keras.Sequential(
         [
             keras.Input((6,)),
@@ -38,13 +38,13 @@ def _norm() -> keras.Model:
 def _two_outputs() -> keras.Model:
     x = keras.Input((6,))
     h = layers.Dropout(0.3)(layers.Dense(8, activation="tanh")(x))
-    return keras.Model(x, {"score": layers.Dense(1, name="score")(h), "kind": layers.Dense(3, name="kind")(h)})
+    return keras.Model(x, {"score": layers.Dense(1, name="score")(h), "class": layers.Dense(3, name="class")(h)})
 
 
-def _two_in_a_list() -> keras.Model:
+def _two_outputs_in_a_list() -> keras.Model:
     a, b = keras.Input((6,), name="a"), keras.Input((6,), name="b")
     h = layers.Dense(8, kernel_constraint=keras.constraints.MaxNorm(0.5))(layers.Concatenate()([a, b]))
-    return keras.Model([a, b], [layers.Dense(1, name="score")(h), layers.Dense(3, name="kind")(h)])
+    return keras.Model([a, b], [layers.Dense(1, name="score")(h), layers.Dense(3, name="class")(h)])
 
 
 def _subclassed() -> keras.Model:
@@ -79,38 +79,38 @@ def _labels(rng: np.random.Generator) -> np.ndarray:
     return rng.integers(0, 3, SIZE).astype("int32")
 
 
-def _classified(rng: np.random.Generator) -> tuple[Any, Any, Any]:
-    return _x(rng, 6), _labels(rng), None
+def _labelled(rng: np.random.Generator) -> tuple[Any, Any, Any]:
+    return _features(rng, 6), _labels(rng), None
 
 
-def _weighted(rng: np.random.Generator) -> tuple[Any, Any, Any]:
-    return _x(rng, 6), _labels(rng), rng.uniform(size=SIZE).astype("float32")
+def _labelled_with_weights(rng: np.random.Generator) -> tuple[Any, Any, Any]:
+    return _features(rng, 6), _labels(rng), rng.uniform(size=SIZE).astype("float32")
 
 
-def _both(rng: np.random.Generator) -> tuple[Any, Any, Any]:
-    return _x(rng, 6), {"score": _x(rng, 1), "kind": _labels(rng)}, None
+def _two_targets(rng: np.random.Generator) -> tuple[Any, Any, Any]:
+    return _features(rng, 6), {"score": _features(rng, 1), "class": _labels(rng)}, None
 
 
-def _both_weighted(rng: np.random.Generator) -> tuple[Any, Any, Any]:
-    x, y, _ = _both(rng)
+def _two_targets_weighted(rng: np.random.Generator) -> tuple[Any, Any, Any]:
+    x, y, _ = _two_targets(rng)
     return x, y, {name: rng.uniform(size=SIZE).astype("float32") for name in y}
 
 
-def _two_listed(rng: np.random.Generator) -> tuple[Any, Any, Any]:
+def _two_targets_in_a_list(rng: np.random.Generator) -> tuple[Any, Any, Any]:
     weights = [rng.uniform(size=SIZE).astype("float32") for _ in range(2)]
-    return [_x(rng, 6), _x(rng, 6)], [_x(rng, 1), _labels(rng)], weights
+    return [_features(rng, 6), _features(rng, 6)], [_features(rng, 1), _labels(rng)], weights
 
 
 def _tokens(rng: np.random.Generator) -> tuple[Any, Any, Any]:
-    return rng.integers(0, 20, (SIZE, 5)).astype("int32"), _x(rng, 1), None
+    return rng.integers(0, 20, (SIZE, 5)).astype("int32"), _features(rng, 1), None
 
 
-_CLASSES = {
+_CLASSIFICATION = {
     "loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     "metrics": ["accuracy"],
 }
-_TWO = {"loss": {"score": "mse", "kind": _CLASSES["loss"]}, "loss_weights": {"score": 2.0, "kind": 0.5}}
-_TWO_METRICS = {"score": ["mae"], "kind": ["accuracy"]}
+_TWO_OUTPUTS = {"loss": {"score": "mse", "class": _CLASSIFICATION["loss"]}, "loss_weights": {"score": 2.0, "class": 0.5}}
+_TWO_OUTPUTS_METRICS = {"score": ["mae"], "class": ["accuracy"]}
 
 
 def schedule() -> keras.optimizers.schedules.LearningRateSchedule:
@@ -118,58 +118,62 @@ def schedule() -> keras.optimizers.schedules.LearningRateSchedule:
 
 
 CASES = {
-    "norm-adam": Case(_norm, lambda: {**_CLASSES, "optimizer": "adam"}, _classified),
+    "norm-adam": Case(_batch_norm, lambda: {**_CLASSIFICATION, "optimizer": "adam"}, _labelled),
     "norm-momentum": Case(
-        _norm, lambda: {**_CLASSES, "optimizer": keras.optimizers.SGD(1e-2, momentum=0.9, nesterov=True)}, _classified
+        _batch_norm, lambda: {**_CLASSIFICATION, "optimizer": keras.optimizers.SGD(1e-2, momentum=0.9, nesterov=True)}, _labelled
     ),
     "norm-adamw-schedule": Case(
-        _norm,
+        _batch_norm,
         lambda: {
-            **_CLASSES,
+            **_CLASSIFICATION,
             "weighted_metrics": ["accuracy", keras.metrics.SparseTopKCategoricalAccuracy(2, name="top2")],
             "optimizer": keras.optimizers.AdamW(schedule(), weight_decay=1e-2, global_clipnorm=0.5),
         },
-        _weighted,
+        _labelled_with_weights,
     ),
     "norm-ema": Case(
-        _norm,
+        _batch_norm,
         lambda: {
-            **_CLASSES,
+            **_CLASSIFICATION,
             "optimizer": keras.optimizers.Adam(use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=3),
         },
-        _classified,
+        _labelled,
     ),
     "norm-scaled": Case(
-        _norm,
-        lambda: {**_CLASSES, "optimizer": keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam())},
-        _classified,
+        _batch_norm,
+        lambda: {**_CLASSIFICATION, "optimizer": keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam())},
+        _labelled,
     ),
     "two-outputs": Case(
-        _two_outputs, lambda: {**_TWO, "metrics": _TWO_METRICS, "optimizer": keras.optimizers.RMSprop(1e-3)}, _both
+        _two_outputs,
+        lambda: {**_TWO_OUTPUTS, "metrics": _TWO_OUTPUTS_METRICS, "optimizer": keras.optimizers.RMSprop(1e-3)},
+        _two_targets,
     ),
     "two-outputs-weighted": Case(
         _two_outputs,
-        lambda: {**_TWO, "metrics": _TWO_METRICS, "weighted_metrics": _TWO_METRICS, "optimizer": "adam"},
-        _both_weighted,
+        lambda: {**_TWO_OUTPUTS, "metrics": _TWO_OUTPUTS_METRICS, "weighted_metrics": _TWO_OUTPUTS_METRICS, "optimizer": "adam"},
+        _two_targets_weighted,
     ),
-    "two-outputs-one-loss": Case(_two_outputs, lambda: {"loss": {"score": "mse", "kind": None}, "optimizer": "sgd"}, _both),
+    "two-outputs-one-loss": Case(
+        _two_outputs, lambda: {"loss": {"score": "mse", "class": None}, "optimizer": "sgd"}, _two_targets
+    ),
     "two-outputs-in-a-list": Case(
-        _two_in_a_list,
+        _two_outputs_in_a_list,
         lambda: {
-            "loss": ["mse", _CLASSES["loss"]],
+            "loss": ["mse", _CLASSIFICATION["loss"]],
             "loss_weights": [0.3, 1.0],
             "metrics": [["mae"], ["accuracy"]],
             "weighted_metrics": [["mse"], None],
             "optimizer": keras.optimizers.Adam(clipvalue=0.1),
         },
-        _two_listed,
+        _two_targets_in_a_list,
     ),
-    "subclassed-add-loss": Case(_subclassed, lambda: {**_CLASSES, "optimizer": "adam"}, _weighted),
+    "subclassed-add-loss": Case(_subclassed, lambda: {**_CLASSIFICATION, "optimizer": "adam"}, _labelled_with_weights),
     "sequence-masked": Case(_sequence, lambda: {"loss": "mse", "metrics": ["mae"], "optimizer": "adam"}, _tokens),
 }
 
 
-def first_quick(values: Iterable[Any]) -> list[Any]:
-    """Values to test with, of which only the first is for the quick tests."""
-    first, *others = values
-    return [first, *(pytest.param(value, marks=pytest.mark.slow) for value in others)]
+def slow_after_first(values: Iterable[Any]) -> list[Any]:
+    """Returns test parameters of which all but the first are marked slow."""
+    first, *rest = values
+    return [first, *(pytest.param(value, marks=pytest.mark.slow) for value in rest)]

@@ -1,14 +1,14 @@
-"""Hostile mode: eight fake devices, annotations checked at run time, strict dtypes, warnings are errors (see pyproject.toml)."""
+"""Strict mode: eight simulated devices, type annotations checked at run time, strict dtype promotion, warnings as errors."""
 
 import atexit
 import os
 import shutil
 import tempfile
 
-# Before JAX is first imported, which reads both once.
+# JAX reads both once, when it is first imported.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
-# The same small programs are compiled by many tests: what one has compiled serves the others, and the processes they start.
+# Many tests, and the processes that they start, compile the same small programs: they share a compilation cache.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="research-xla-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -19,7 +19,7 @@ import jaxtyping
 
 jaxtyping.install_import_hook("research", "beartype.beartype")
 
-import research  # noqa: E402, F401, I001  (before keras: it chooses the backend)
+import research  # noqa: E402, F401, I001  (before keras: it selects the backend)
 
 from collections.abc import Iterator  # noqa: E402
 
@@ -29,7 +29,26 @@ import pytest  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def _hostile(request: pytest.FixtureRequest) -> Iterator[None]:
+def _strict(request: pytest.FixtureRequest) -> Iterator[None]:
     keras.utils.set_random_seed(0)
     with jax.numpy_dtype_promotion("standard" if request.node.get_closest_marker("promotes") else "strict"):
         yield
+
+
+@pytest.fixture(params=["primitives of today", "primitives to come"])
+def primitives(request: pytest.FixtureRequest) -> Iterator[None]:
+    """JAX is to represent `jax.checkpoint` and custom derivatives as `call_hi_primitive`: these flags turn that on ahead."""
+    flags = ("jax_remat3", "jax_custom_vjp3") if request.param == "primitives to come" else ()
+    for flag in flags:
+        jax.config.update(flag, True)
+    yield
+    for flag in flags:
+        jax.config.update(flag, False)
+
+
+@pytest.fixture
+def as_users_run_it() -> Iterator[None]:
+    """Type annotations are not checked at run time, so that wrong types get as far as they do for users."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,4 +1,4 @@
-"""What tests watch for: programs compiled, and values read off a device."""
+"""Context managers that count compilations and device-to-host reads."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -12,34 +12,34 @@ import pytest
 
 
 @contextmanager
-def compiled(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[str], int]]:
-    """Counts the programs compiled under a name."""
+def count_compilations(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[str], int]]:
+    """Yields a function from a jitted function's name to the number of times it was compiled in the context."""
     with jax.log_compiles(), caplog.at_level(logging.WARNING, logger="jax"):
         caplog.clear()
         yield lambda name: sum(f"Finished XLA compilation of jit({name})" in r.getMessage() for r in caplog.records)
 
 
 @contextmanager
-def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Notes each value that Python reads off a device."""
-    concrete = type(jnp.zeros(()))
-    value, seen = concrete._value, []  # type: ignore[attr-defined]
+def device_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Yields a list to which the shape of each array that Python reads from a device is appended."""
+    array_type = type(jnp.zeros(()))
+    value, shapes = array_type._value, []  # type: ignore[attr-defined]
 
-    def counting(array: Any) -> Any:
-        seen.append(str(array.shape))
+    def read(array: Any) -> Any:
+        shapes.append(str(array.shape))
         return value.fget(array)
 
-    def noticing(function: Any) -> Any:
-        # NumPy reads a CPU array through the buffer protocol, past `_value`.
-        def noticed(given: Any, *args: Any, **options: Any) -> Any:
-            if type(given) is concrete:
-                seen.append(str(given.shape))
-            return function(given, *args, **options)
+    def recorded(function: Any) -> Any:
+        # NumPy reads CPU arrays through the buffer protocol, without `_value`.
+        def call(array: Any, *args: Any, **options: Any) -> Any:
+            if type(array) is array_type:
+                shapes.append(str(array.shape))
+            return function(array, *args, **options)
 
-        return noticed
+        return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(concrete, "_value", property(counting))
+        patch.setattr(array_type, "_value", property(read))
         for name in ("asarray", "array"):
-            patch.setattr(np, name, noticing(getattr(np, name)))
-        yield seen
+            patch.setattr(np, name, recorded(getattr(np, name)))
+        yield shapes

@@ -1,7 +1,9 @@
-"""Trains an experiment for some steps on a mesh, alone or as one of several processes, and writes every step's logs.
+"""Trains an experiment for some steps on a mesh, as one process or one of several, and writes every step's logs.
 
-joined.py OUTPUT EXPERIMENT MESH OPTIMIZER STEPS [--coordinator ... --processes ... --process ...]; MESH: axes as `just run` takes
-them, or "one". The experiment's optimizers are replaced: SGD with momentum shows what differs between devices, Adam magnifies it.
+train_on_mesh.py OUTPUT EXPERIMENT MESH OPTIMIZER STEPS [--coordinator ... --processes ... --process ...]
+
+MESH: axes as for `just run`, or "none" for one device. The experiment's optimizers are replaced: SGD with momentum shows
+differences between meshes as they are, Adam magnifies them.
 """
 
 import argparse
@@ -11,17 +13,18 @@ import logging
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import research  # noqa: E402, I001
-import jax  # noqa: E402
-import keras  # noqa: E402
+import research  # noqa: I001
+import jax
+import keras
 
-import run  # noqa: E402
-from research import checkpoint, parallel, processes  # noqa: E402
+from research.cli.arguments import parse_mesh
+from research import distributed
+from research.distributed import processes
+from research.training import checkpoint
 
-SMALL = {
+SMALL_CONFIGS = {
     "digits": {},
     "gan": {"units": 64},
     "tickets": {"units": 16},
@@ -33,7 +36,7 @@ OPTIMIZERS = {
 }
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     for name in ("output", "experiment", "mesh", "optimizer"):
         parser.add_argument(name)
@@ -44,50 +47,56 @@ def main() -> None:
     parser.add_argument("--coordinator")
     parser.add_argument("--processes", type=int)
     parser.add_argument("--process", type=int)
-    asked = parser.parse_args()
-    processes.join(asked.coordinator, asked.processes, asked.process, 60)
-    for name in ("Adam", "AdamW", "RMSprop", "SGD"):
-        kind = OPTIMIZERS[asked.optimizer]
-        if name != kind().__class__.__name__:
-            setattr(keras.optimizers, name, kind)
-    module = importlib.import_module(f"experiments.{asked.experiment}")
-    config = module.Config(**SMALL[asked.experiment], batch_size=asked.batch_size)
+    return parser.parse_args()
+
+
+def replace_optimizers(name: str) -> None:
+    optimizer = OPTIMIZERS[name]
+    for replaced in {"Adam", "AdamW", "RMSprop", "SGD"} - {optimizer().__class__.__name__}:
+        setattr(keras.optimizers, replaced, optimizer)
+
+
+def main() -> None:
+    options = parse()
+    processes.join(options.coordinator, options.processes, options.process, 60)
+    replace_optimizers(options.optimizer)
+    module = importlib.import_module(f"experiments.{options.experiment}")
+    config = module.Config(**SMALL_CONFIGS[options.experiment], batch_size=options.batch_size)
     splits = module.data(config)
-    mesh = None if asked.mesh == "one" else asked.mesh
-    if mesh is None:
+    if options.mesh == "none":
         learner = module.build(config)
         state = learner.init()
     else:
-        grid = parallel.mesh(**run.axes(mesh))
-        learner, state = parallel.born(lambda: module.build(config), grid)
-        splits = {name: parallel.spread(held, grid, divides=name == "train") for name, held in splits.items()}
+        mesh = distributed.mesh(**parse_mesh(options.mesh))
+        learner, state = distributed.build_sharded(lambda: module.build(config), mesh)
+        splits = {name: distributed.shard_batches(split, mesh, divides=name == "train") for name, split in splits.items()}
     start = 0
-    if asked.restore is not None:
-        newest = checkpoint.newest(asked.restore, print)
-        assert newest is not None
-        found = checkpoint.restore(newest, state, learner.names)
-        start, state = found.step, found.state
-    before = jax.tree.map(lambda leaf: leaf.sharding, state)
-    compiled: list[str] = []
+    if options.restore is not None:
+        latest = checkpoint.latest(options.restore, print)
+        assert latest is not None
+        restored = checkpoint.restore(latest, state, learner.names)
+        start, state = restored.step, restored.state
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    compilations: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: compiled.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: compilations.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("jax").addHandler(handler)
     logging.getLogger("jax").propagate = False
     losses: list[dict[str, float]] = []
     with jax.log_compiles(True):
         state, _ = research.train(
-            learner, splits["train"], steps=start + asked.steps, start=start, state=state, log_every=1,
+            learner, splits["train"], steps=start + options.steps, start=start, state=state, log_every=1,
             log=lambda entry: losses.append(entry.values),
         )  # fmt: skip
-    kept = jax.tree.map(lambda a, leaf: a.is_equivalent_to(leaf.sharding, leaf.ndim), before, state)
-    evaluated = research.evaluate(learner, splits["val"], state)
-    if asked.save is not None:
-        with checkpoint.saving(asked.save, learner.names) as save:
-            save(start + asked.steps, state, {})
+    unchanged = jax.tree.map(lambda before, leaf: before.is_equivalent_to(leaf.sharding, leaf.ndim), shardings, state)
+    evaluation = research.evaluate(learner, splits["val"], state)
+    if options.save is not None:
+        with checkpoint.async_saver(options.save, learner.names) as save:
+            save(start + options.steps, state, {})
     if processes.is_first():
-        programs = len([each for each in compiled if "Compiling" in each and "train_steps" in each])
-        told = {"losses": losses, "kept": jax.tree.all(kept), "programs": programs, "val": evaluated}
-        Path(asked.output).write_text(json.dumps(told))
+        programs = sum("Compiling" in message and "train_steps" in message for message in compilations)
+        output = {"losses": losses, "same_shardings": jax.tree.all(unchanged), "programs": programs, "val": evaluation}
+        Path(options.output).write_text(json.dumps(output))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The command: what it writes, what it refuses, and the numbers that its experiments promise."""
+"""`research run`: what it writes, what it rejects, and the numbers that the experiments promise."""
 
-import doctest
+import ast
 import importlib
-import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,38 +13,17 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from command_line import ROOT, command, contents, strict
 
-ROOT = Path(__file__).parent.parent
+from research.cli import outputs, run
+
 pytestmark = pytest.mark.slow
-
-
-def command(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "KERAS_HOME")}
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "run.py"), *arguments],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**kept, **environment},
-        check=False,
-    )
-
-
-def strict(text: str) -> Any:
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is not JSON")
-
-    return json.loads(text, parse_constant=refuse)
-
-
-def contents(directory: Path) -> dict[str, tuple[int, bytes]]:
-    return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in directory.rglob("*") if p.is_file()}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The default run, whole."""
-    directory = tmp_path_factory.mktemp("here") / "run"
+    """The directory of a finished run with the default options."""
+    directory = tmp_path_factory.mktemp("finished") / "run"
     done = command("digits", "--run-dir", directory.name, cwd=directory.parent)
     assert done.returncode == 0, done.stderr
     return directory
@@ -75,43 +54,30 @@ def test_a_run_leaves_its_config_versions_logs_pictures_and_report(finished: Pat
     assert "http" not in page  # opens offline
 
 
-@pytest.fixture
-def runner(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    return importlib.import_module("run")
-
-
-def test_examples_in_the_scripts_are_true(runner: Any) -> None:
-    names = [path.stem for path in (ROOT / "scripts").glob("*.py") if "\n    >>> " in path.read_text() and path.stem != "bench"]
-    found = {name: doctest.testmod(importlib.import_module(name)) for name in names}
-    assert {name: each.failed for name, each in found.items()} == dict.fromkeys(names, 0)
-    assert min(each.attempted for each in found.values()) > 0
-
-
-def test_pictures_that_a_device_has_no_room_for_do_not_end_a_run(
-    runner: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_run_continues_when_a_device_lacks_the_memory_for_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gan = importlib.import_module("experiments.gan")
 
-    def full(*parts: Any) -> Any:
+    def out_of_memory(*parts: Any) -> Any:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 30064771072 bytes.")
 
-    monkeypatch.setattr(gan, "each_epoch", full)
+    monkeypatch.setattr(gan, "each_epoch", out_of_memory)
     monkeypatch.setattr(gan, "results", lambda *parts: {})
     monkeypatch.setattr(gan, "pictures", lambda *parts: {})
-    assert runner.main(["gan", "--steps", "2", "--run-dir", str(tmp_path / "run")]) == 0
+    assert run.main(["gan", "--steps", "2", "--run-dir", str(tmp_path / "run")]) == 0
     assert "no pictures of epoch 1: a device has no room for them" in capsys.readouterr().err
     assert strict((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"
 
 
-def test_models_for_files_are_built_on_the_host(runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_for_files_are_built_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     digits = importlib.import_module("experiments.digits")
     state = digits.build(digits.Config()).init()
-    other = jax.devices()[3]
+    host = jax.devices()[3]
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    monkeypatch.setattr(jax, "local_devices", lambda backend: [other] if backend == "cpu" else [])
-    (model,) = runner.networks(digits, digits.Config(), jax.tree.map(np.asarray, state)).values()
-    assert {device for variable in model.variables for device in variable.value.devices()} == {other}
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [host] if backend == "cpu" else [])
+    (model,) = outputs.build_models(digits, digits.Config(), jax.tree.map(np.asarray, state)).values()
+    assert {device for variable in model.variables for device in variable.value.devices()} == {host}
 
 
 def test_a_finished_run_is_not_run_again(finished: Path) -> None:
@@ -123,15 +89,15 @@ def test_a_finished_run_is_not_run_again(finished: Path) -> None:
 
 
 def test_the_same_config_gives_the_same_numbers_in_every_style(finished: Path, tmp_path: Path) -> None:
-    wanted = strict((finished / "summary.json").read_text())["metrics"]
+    expected = strict((finished / "summary.json").read_text())["metrics"]
     for style in ("functional", "subclassed"):
         done = command("digits", "--style", style, "--run-dir", style, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        assert strict((tmp_path / style / "summary.json").read_text())["metrics"] == wanted
+        assert strict((tmp_path / style / "summary.json").read_text())["metrics"] == expected
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         (["digits", "--epoch", "3"], 2, "error: no option '--epoch': did you mean '--epochs'?"),
         (["digit"], 2, "error: no experiment 'digit': did you mean 'digits'?"),
@@ -143,7 +109,7 @@ def test_the_same_config_gives_the_same_numbers_in_every_style(finished: Path, t
         (
             ["digits", "--data", "mnist", "--run-dir", "new"],
             1,
-            "error: --data mnist: neither in Keras' cache nor to be downloaded",
+            "error: --data mnist: not in Keras' cache, and the download failed",
         ),
         (
             ["digits", "--epochs", "4", "--run-dir", "RUN"],
@@ -156,19 +122,19 @@ def test_the_same_config_gives_the_same_numbers_in_every_style(finished: Path, t
         (["digits", "--run-dir", "/proc/none"], 1, "error: --run-dir /proc/none: it can't be written"),
     ],
 )
-def test_bad_input_gets_one_line_and_touches_nothing(
-    arguments: list[str], code: int, said: str, finished: Path, tmp_path: Path
+def test_bad_input_gives_one_line_and_changes_no_file(
+    arguments: list[str], code: int, message: str, finished: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "OTHER").mkdir()
     (tmp_path / "OTHER" / "config.json").write_text('{"experiment": "gan", "config": {}}')
     (tmp_path / "FULL").mkdir()
-    (tmp_path / "FULL" / "file").write_text("somebody's")
+    (tmp_path / "FULL" / "file").write_text("a file of the user")
     (tmp_path / "RUN").symlink_to(finished)
     before = contents(tmp_path), contents(finished)
-    # A proxy that is not there: nothing is downloaded, wherever this runs.
+    # A proxy that does not exist: nothing is downloaded, wherever this runs.
     done = command(*arguments, cwd=tmp_path, KERAS_HOME=str(tmp_path / "keras"), https_proxy="http://127.0.0.1:9")
     (last,) = done.stderr.splitlines()[-1:]
-    assert (done.returncode, last[: len(said)]) == (code, said)
+    assert (done.returncode, last[: len(message)]) == (code, message)
     assert "Traceback" not in done.stderr
     for path in list((tmp_path / "keras").rglob("*")):
         if path.is_file():
@@ -192,26 +158,27 @@ def test_without_a_name_every_experiment_is_listed_with_a_line(tmp_path: Path) -
         assert len(line.split()) > 3
 
 
-def test_a_failing_run_says_so_in_one_line_and_in_its_summary(tmp_path: Path) -> None:
+def test_a_failing_run_reports_one_line_and_the_status_failed(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import os\n"
         "if os.environ.get('BREAK'):\n"
-        "    import research.loop\n"
+        "    import research.training.loop\n"
         "    def broken(*_, **__): raise RuntimeError('out of luck')\n"
-        "    research.loop.evaluate = broken\n"
+        "    research.training.loop.evaluate = broken\n"
     )
     done = command("digits", "--epochs", "1", "--run-dir", "run", cwd=tmp_path, PYTHONPATH=str(tmp_path), BREAK="1")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "error: RuntimeError: out of luck; the traceback is in run/error.txt"
+    reason = f"error: {tmp_path / 'sitecustomize.py'}:4: RuntimeError: out of luck; the traceback is in run/error.txt"
+    assert done.stderr.splitlines()[-1] == reason
     assert strict((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
     assert "broken" in (tmp_path / "run" / "error.txt").read_text()
 
 
-def test_nothing_slow_is_loaded_before_it_is_used() -> None:
-    def loaded(imported: str) -> set[str]:
-        asked = f"import {imported}, sys; print(*(m for m in sys.modules if m in {slow}))"
+def test_slow_packages_are_not_imported_before_they_are_used() -> None:
+    def modules_after(imported: str) -> set[str]:
+        code = f"import {imported}, sys; print(*(m for m in sys.modules if m in {slow}))"
         environment = {**os.environ, "KERAS_BACKEND": "jax"}
-        done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True, env=environment)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
         return set(done.stdout.split())
 
     slow = (
@@ -223,29 +190,29 @@ def test_nothing_slow_is_loaded_before_it_is_used() -> None:
         "rich.progress",
         "tensorboard",
     )
-    assert loaded("research") <= loaded("keras")  # Keras itself loads some of them where they are installed
+    assert modules_after("research") <= modules_after("keras")  # Keras itself loads some of them where they are installed
 
 
-def test_what_is_not_finite_is_null_in_the_logs(tmp_path: Path) -> None:
-    from research import picture, record
-    from research.loop import Entry
+def test_values_that_are_not_finite_are_null_in_the_logs(tmp_path: Path) -> None:
+    from research.reporting import picture, record
+    from research.training.loop import LogEntry
 
     run, _ = record.open_run(tmp_path / "run", "digits", {})
     (tmp_path / "run").mkdir()
-    record.begin(run, {})
-    record.append(run, Entry(1, 0, "train", {"loss": math.nan, "accuracy": math.inf}))
+    record.start(run, {})
+    record.append_entry(run, LogEntry(1, 0, "train", {"loss": math.nan, "accuracy": math.inf}))
     assert strict((tmp_path / "run" / "metrics.jsonl").read_text())["values"] == {"loss": None, "accuracy": None}
-    assert math.isnan(record.entries(run)[0].values["loss"])
-    record.draw(run, {"curves": picture.curves(record.entries(run))})
+    assert math.isnan(record.read_entries(run)[0].values["loss"])
+    record.save_figures(run, {"curves": picture.plot_curves(record.read_entries(run))})
 
 
-def test_a_terminal_gets_a_bar_and_a_line_for_each_epoch(capsys: pytest.CaptureFixture[str]) -> None:
-    from research.console import watching
-    from research.loop import Entry
+def test_a_terminal_shows_a_bar_and_a_line_for_each_epoch(capsys: pytest.CaptureFixture[str]) -> None:
+    from research.reporting.progress import show_progress
+    from research.training.loop import LogEntry
 
-    with watching(10, 5, terminal=True) as (log, progress):
+    with show_progress(10, 5, terminal=True) as (log, progress):
         for step in range(1, 11):
-            log(Entry(step, (step - 1) // 5, "train", {"loss": 1.0 / step}))
+            log(LogEntry(step, (step - 1) // 5, "train", {"loss": 1.0 / step}))
             progress(step, waited=1.0)
     shown = capsys.readouterr().out
     assert "epoch 1/2  step 5" in shown
@@ -255,5 +222,11 @@ def test_a_terminal_gets_a_bar_and_a_line_for_each_epoch(capsys: pytest.CaptureF
 
 
 def test_the_runner_has_no_knowledge_of_single_experiments() -> None:
-    source = (ROOT / "scripts" / "run.py").read_text()
-    assert not [path.stem for path in (ROOT / "experiments").glob("[!_]*.py") if path.stem in source]
+    names = {path.stem for path in (ROOT / "experiments").glob("[!_]*.py")}
+    for path in (ROOT / "research" / "cli").glob("*.py"):
+        code = ast.parse(path.read_text())
+        for node in ast.walk(code):  # docstrings may give examples
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+                node.body = [*node.body[1:], ast.Pass()]
+        words = set(re.findall(r"\w+", ast.unparse(code)))
+        assert not words & names, path

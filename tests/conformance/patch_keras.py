@@ -1,4 +1,4 @@
-"""A pytest plugin for Keras' own tests, which its wheel ships: with RESEARCH_BOUND set, our functions are its methods."""
+"""A pytest plugin for Keras' own tests: with PATCH_KERAS set, functions of `research` replace the methods of `keras.Model`."""
 
 import functools
 import os
@@ -8,24 +8,26 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-import research  # noqa: F401  (before keras: it chooses the backend)
+import research  # before keras: it selects the backend
+from research.keras_fit import fit
 
 import keras  # isort: skip
 import pytest
 
-fitting: Any = sys.modules["research.fit"]
 METHODS = {
-    "fit": fitting.fit,
-    "evaluate": fitting.evaluate,
-    "predict": fitting.predict,
-    "train_on_batch": fitting.train_on_batch,
-    "test_on_batch": fitting.test_on_batch,
-    "predict_on_batch": fitting.predict_on_batch,
+    "fit": research.fit,
+    "evaluate": fit.evaluate,
+    "predict": fit.predict,
+    "train_on_batch": fit.train_on_batch,
+    "test_on_batch": fit.test_on_batch,
+    "predict_on_batch": fit.predict_on_batch,
 }
 
 
-def bound(name: str, original: Callable[..., Any], ours: Callable[..., Any], running: threading.local) -> Callable[..., Any]:
-    """A method that is ours, and Keras' own where ours calls it."""
+def patched(
+    name: str, original: Callable[..., Any], function: Callable[..., Any], running: threading.local
+) -> Callable[..., Any]:
+    """Returns a method that calls `function`, and Keras' original where `function` itself calls the method."""
 
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -34,7 +36,7 @@ def bound(name: str, original: Callable[..., Any], ours: Callable[..., Any], run
             return original(self, *args, **kwargs)
         calls.add((id(self), name))
         try:
-            return ours(self, *args, **kwargs)
+            return function(self, *args, **kwargs)
         finally:
             calls.discard((id(self), name))
 
@@ -42,14 +44,14 @@ def bound(name: str, original: Callable[..., Any], ours: Callable[..., Any], run
 
 
 def pytest_configure(config: Any) -> None:
-    """Gives Keras' tests what they expect of the `conftest.py` that the wheel leaves out, and binds."""
+    """Adds what Keras' tests expect of the `conftest.py` that the wheel lacks, and patches the methods."""
     for name in ("requires_trainable_backend", "multi_device"):
-        config.addinivalue_line("markers", f"{name}: Keras' own")
+        config.addinivalue_line("markers", f"{name}: defined by Keras")
     conftest: Any = types.ModuleType("conftest")
     conftest.skip_if_backend = lambda backend, reason: pytest.mark.skipif(keras.config.backend() == backend, reason=reason)
     sys.modules.setdefault("conftest", conftest)
-    if os.environ.get("RESEARCH_BOUND"):
-        owner = next(cls for cls in keras.Model.__mro__ if "fit" in vars(cls))  # the tests' own classes have it from there too
+    if os.environ.get("PATCH_KERAS"):
+        trainer = next(cls for cls in keras.Model.__mro__ if "fit" in vars(cls))  # subclasses in the tests inherit from it too
         running = threading.local()
-        for name, ours in METHODS.items():
-            setattr(owner, name, bound(name, getattr(owner, name), ours, running))
+        for name, function in METHODS.items():
+            setattr(trainer, name, patched(name, getattr(trainer, name), function, running))

@@ -1,4 +1,4 @@
-"""The first law: weights and logs equal Keras' own to the last bit, wherever Keras is right."""
+"""Weights and logs equal Keras' own bit for bit, wherever Keras is right."""
 
 from typing import Any
 
@@ -13,17 +13,16 @@ from cases import CASES, Case
 import research
 
 STEPS = 7
-# Keras' EMA and optax' bias correction multiply floats by integers.
-MIXED = {"norm-ema"}
-QUICK = {"norm-adam"}
+PROMOTES = {"norm-ema"}  # Keras' moving average multiplies floats by integers
+FAST = {"norm-adam"}
 
 
 def marks(name: str) -> list[Any]:
-    return [pytest.mark.promotes] * (name in MIXED) + [pytest.mark.slow] * (name not in QUICK)
+    return [pytest.mark.promotes] * (name in PROMOTES) + [pytest.mark.slow] * (name not in FAST)
 
 
 NAMES = [pytest.param(name, marks=marks(name)) for name in CASES]
-THROUGH = ["supervised", pytest.param("from_keras", marks=pytest.mark.slow)]
+CONSTRUCTORS = ["supervised", pytest.param("from_keras", marks=pytest.mark.slow)]
 
 
 def batches(case: Case) -> list[research.Batch]:
@@ -32,77 +31,77 @@ def batches(case: Case) -> list[research.Batch]:
 
 
 def keras_run(case: Case) -> tuple[keras.Model, list[dict[str, float]]]:
-    """Weights from `train_on_batch`; logs from Keras' jitted `train_step`, whose metrics run on."""
+    """Returns a model trained by `train_on_batch`, and the logs of Keras' jitted `train_step`, which accumulate over steps."""
     keras.utils.set_random_seed(1)
     model = case.model()
-    model.compile(**case.compiled())
+    model.compile(**case.compile_args())
     for batch in batches(case):
         model.train_on_batch(batch.x, batch.y, sample_weight=batch.sample_weight)
     keras.utils.set_random_seed(1)
-    other = case.model()
-    other.compile(**case.compiled())
+    stepped = case.model()
+    stepped.compile(**case.compile_args())
     first = batches(case)[0]
-    other.test_on_batch(first.x, first.y, sample_weight=first.sample_weight)
-    other.optimizer.build(other.trainable_variables)
-    other.reset_metrics()
+    stepped.test_on_batch(first.x, first.y, sample_weight=first.sample_weight)
+    stepped.optimizer.build(stepped.trainable_variables)
+    stepped.reset_metrics()
     keras.utils.set_random_seed(1)
-    for fresh, seeded in zip(other.variables, case.model().variables, strict=True):
-        fresh.assign(seeded.value)
+    for variable, initial in zip(stepped.variables, case.model().variables, strict=True):
+        variable.assign(initial.value)
     parts = [
-        other.trainable_variables,
-        other.non_trainable_variables,
-        other.optimizer.variables,
-        other.metrics_variables,
+        stepped.trainable_variables,
+        stepped.non_trainable_variables,
+        stepped.optimizer.variables,
+        stepped.metrics_variables,
     ]
     state = tuple([v.value for v in part] for part in parts)
-    step, logs = jax.jit(other.train_step), []
+    step, logs = jax.jit(stepped.train_step), []
     for batch in batches(case):
-        found, state = step(state, (batch.x, batch.y, batch.sample_weight))
-        logs.append({name: float(value) for name, value in found.items()})
+        step_logs, state = step(state, (batch.x, batch.y, batch.sample_weight))
+        logs.append({name: float(value) for name, value in step_logs.items()})
     return model, logs
 
 
-def learner(case: Case, through: str) -> tuple[research.Learner, keras.Model, keras.Optimizer]:
+def build_learner(case: Case, constructor: str) -> tuple[research.Learner, keras.Model, keras.Optimizer]:
     keras.utils.set_random_seed(1)
-    model, compiled, example = case.model(), case.compiled(), batches(case)[0]
-    if through == "from_keras":
-        model.compile(**compiled)
+    model, compile_args, example = case.model(), case.compile_args(), batches(case)[0]
+    if constructor == "from_keras":
+        model.compile(**compile_args)
         return research.from_keras(model, example), model, model.optimizer
-    compiled["optimizer"] = keras.optimizers.get(compiled["optimizer"])
-    return research.supervised(model, example=example, **compiled), model, compiled["optimizer"]
+    optimizer = keras.optimizers.get(compile_args.pop("optimizer"))
+    return research.supervised(model, example=example, optimizer=optimizer, **compile_args), model, optimizer
 
 
-@pytest.mark.parametrize("through", THROUGH)
+@pytest.mark.parametrize("constructor", CONSTRUCTORS)
 @pytest.mark.parametrize("name", NAMES)
-def test_weights_and_logs_equal_keras_bit_for_bit(name: str, through: str) -> None:
+def test_weights_and_logs_equal_keras_bit_for_bit(name: str, constructor: str) -> None:
     case = CASES[name]
     expected, expected_logs = keras_run(case)
-    mine, model, optimizer = learner(case, through)
-    state, step = mine.init(), jax.jit(mine.train, donate_argnums=0)
-    for batch, wanted in zip(batches(case), expected_logs, strict=True):
+    learner, model, optimizer = build_learner(case, constructor)
+    state, step = learner.init(), jax.jit(learner.train, donate_argnums=0)
+    for batch, keras_logs in zip(batches(case), expected_logs, strict=True):
         state, logs = step(state, batch)
-        assert {name: float(value) for name, value in logs.items()} == wanted
+        assert {name: float(value) for name, value in logs.items()} == keras_logs
     research.write_back(state, model, optimizer)
-    for variable, wanted in zip(model.variables, expected.variables, strict=True):
-        np.testing.assert_array_equal(variable.value, wanted.value, err_msg=variable.path)
-    for variable, wanted in zip(optimizer.variables, expected.optimizer.variables, strict=True):
-        np.testing.assert_array_equal(variable.value, wanted.value, err_msg=variable.path)
+    for a, b in zip(model.variables, expected.variables, strict=True):
+        np.testing.assert_array_equal(a.value, b.value, err_msg=a.path)
+    for a, b in zip(optimizer.variables, expected.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(a.value, b.value, err_msg=a.path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("through", THROUGH)
+@pytest.mark.parametrize("constructor", CONSTRUCTORS)
 @pytest.mark.parametrize("name", NAMES)
-def test_evaluation_equals_keras_test_on_batch_bit_for_bit(name: str, through: str) -> None:
+def test_evaluation_equals_keras_test_on_batch_bit_for_bit(name: str, constructor: str) -> None:
     case = CASES[name]
-    mine, model, _ = learner(case, through)
+    learner, model, _ = build_learner(case, constructor)
     batch = batches(case)[0]
-    state, logs = jax.jit(mine.evaluate)(mine.init(), batch)
-    if through == "supervised":
-        model.compile(**case.compiled())
-    wanted = model.test_on_batch(batch.x, batch.y, sample_weight=batch.sample_weight, return_dict=True)
-    assert {name: float(value) for name, value in logs.items()} == {name: float(value) for name, value in wanted.items()}
+    state, logs = jax.jit(learner.evaluate)(learner.init(), batch)
+    if constructor == "supervised":
+        model.compile(**case.compile_args())
+    keras_logs = model.test_on_batch(batch.x, batch.y, sample_weight=batch.sample_weight, return_dict=True)
+    assert {name: float(value) for name, value in logs.items()} == {name: float(value) for name, value in keras_logs.items()}
     np.testing.assert_array_equal(
-        jax.tree.leaves(jax.jit(mine.predict)(state, batch))[0],
+        jax.tree.leaves(jax.jit(learner.predict)(state, batch))[0],
         jax.tree.leaves(model.predict_on_batch(batch.x))[0],
     )
 
@@ -120,24 +119,24 @@ def test_evaluation_equals_keras_test_on_batch_bit_for_bit(name: str, through: s
     ids=["adam", "momentum", "adamw-schedule", "lion"],
 )
 @pytest.mark.parametrize("name", ["norm-adam", "two-outputs-weighted", "subclassed-add-loss"])
-def test_optax_equals_a_hand_written_step_over_keras_own_loss(name: str, transformation: optax.GradientTransformation) -> None:
-    """Keras' `compute_loss_and_updates`, `jax.value_and_grad` and the transformation, as its users write it."""
+def test_optax_equals_a_hand_written_step_with_keras_own_loss(name: str, transformation: optax.GradientTransformation) -> None:
+    """The hand-written step is Keras' `compute_loss_and_updates` under `jax.value_and_grad`, then the transformation."""
     case = CASES[name]
     keras.utils.set_random_seed(1)
     model, first = case.model(), batches(case)[0]
-    model.compile(**case.compiled())
+    model.compile(**case.compile_args())
     model.test_on_batch(first.x, first.y, sample_weight=first.sample_weight)
     keras.utils.set_random_seed(1)
-    for variable, fresh in zip(model.variables, case.model().variables, strict=True):
-        variable.assign(fresh.value)
+    for variable, initial in zip(model.variables, case.model().variables, strict=True):
+        variable.assign(initial.value)
 
     @jax.jit
-    def step(trainable: Any, rest: Any, slots: Any, batch: research.Batch) -> Any:
+    def step(trainable: Any, non_trainable: Any, slots: Any, batch: research.Batch) -> Any:
         metrics = [v.value for v in model.metrics_variables]
         compute = jax.value_and_grad(model.compute_loss_and_updates, has_aux=True)
         (loss, aux), grads = compute(
             trainable,
-            rest,
+            non_trainable,
             metrics,
             batch.x,
             batch.y,
@@ -148,22 +147,23 @@ def test_optax_equals_a_hand_written_step_over_keras_own_loss(name: str, transfo
         updates, slots = transformation.update(grads, slots, trainable)
         return optax.apply_updates(trainable, updates), aux[2], slots, loss
 
-    trainable, rest = ([jnp.array(v.value) for v in part] for part in (model.trainable_variables, model.non_trainable_variables))
+    trainable = [jnp.array(v.value) for v in model.trainable_variables]
+    non_trainable = [jnp.array(v.value) for v in model.non_trainable_variables]
     slots = transformation.init(trainable)
     keras.utils.set_random_seed(1)
-    mine = research.supervised(case.model(), example=first, **{**case.compiled(), "optimizer": transformation})
-    state, train = mine.init(), jax.jit(mine.train)
+    learner = research.supervised(case.model(), example=first, **{**case.compile_args(), "optimizer": transformation})
+    state, train = learner.init(), jax.jit(learner.train)
     for batch in batches(case):
-        trainable, rest, slots, loss = step(trainable, rest, slots, batch)
-        state, logs = train(mine.reset(state), batch)
+        trainable, non_trainable, slots, loss = step(trainable, non_trainable, slots, batch)
+        state, logs = train(learner.reset(state), batch)
         assert float(logs["loss"]) == float(loss)
-    jax.tree.map(np.testing.assert_array_equal, (state.trainable, state.non_trainable), (trainable, rest))
+    jax.tree.map(np.testing.assert_array_equal, (state.trainable, state.non_trainable), (trainable, non_trainable))
     jax.tree.map(np.testing.assert_array_equal, state.optimizer["transform"], slots)
     assert int(state.optimizer["iterations"]) == STEPS
 
 
-class Custom(keras.Model):
-    """A step of one's own, in Keras' JAX signature, with a metric of one's own: as Keras' guide writes it, but right."""
+class CustomTraining(keras.Model):
+    """A model with its own metric and its own `train_step` and `test_step`, in the signature of Keras' JAX backend."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,41 +181,42 @@ class Custom(keras.Model):
     def metrics(self) -> list[keras.Metric]:
         return [self.error]
 
-    def penalised(self, trainable: Any, rest: Any, x: Any, y: Any, training: bool) -> Any:
-        outputs, rest = self.stateless_call(trainable, rest, x, training=training)
-        return keras.ops.mean((outputs - y) ** 4), (outputs, rest)
+    def loss_and_outputs(self, trainable: Any, non_trainable: Any, x: Any, y: Any, training: bool) -> Any:
+        outputs, non_trainable = self.stateless_call(trainable, non_trainable, x, training=training)
+        return keras.ops.mean((outputs - y) ** 4), (outputs, non_trainable)
 
     def train_step(self, state: Any, data: Any) -> Any:
-        (trainable, rest, slots, metrics), (x, y) = state, data
-        (_, (outputs, rest)), grads = jax.value_and_grad(self.penalised, has_aux=True)(trainable, rest, x, y, True)
+        (trainable, non_trainable, slots, metrics), (x, y) = state, data
+        compute = jax.value_and_grad(self.loss_and_outputs, has_aux=True)
+        (_, (outputs, non_trainable)), grads = compute(trainable, non_trainable, x, y, True)
         trainable, slots = self.optimizer.stateless_apply(slots, grads, trainable)
         metrics = self.error.stateless_update_state(metrics, y, outputs)
-        return {"error": self.error.stateless_result(metrics)}, (trainable, rest, slots, metrics)
+        return {"error": self.error.stateless_result(metrics)}, (trainable, non_trainable, slots, metrics)
 
     def test_step(self, state: Any, data: Any) -> Any:
-        (trainable, rest, metrics), (x, y) = state, data
-        _, (outputs, rest) = self.penalised(trainable, rest, x, y, False)
+        (trainable, non_trainable, metrics), (x, y) = state, data
+        _, (outputs, non_trainable) = self.loss_and_outputs(trainable, non_trainable, x, y, False)
         metrics = self.error.stateless_update_state(metrics, y, outputs)
-        return {"error": self.error.stateless_result(metrics)}, (trainable, rest, metrics)
+        return {"error": self.error.stateless_result(metrics)}, (trainable, non_trainable, metrics)
 
 
 @pytest.mark.slow
-def test_a_train_step_of_ones_own_runs_in_our_loop_as_in_keras_fit() -> None:
+def test_a_custom_train_step_runs_in_research_train_as_in_keras_fit() -> None:
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(20, 4)).astype("float32"), rng.normal(size=(20, 1)).astype("float32")
 
-    def model() -> keras.Model:
+    def build() -> keras.Model:
         keras.utils.set_random_seed(1)
-        made = Custom()
-        made.build((None, 4))
-        made.compile(optimizer=keras.optimizers.Adam(1e-2))
-        return made
+        model = CustomTraining()
+        model.build((None, 4))
+        model.compile(optimizer=keras.optimizers.Adam(1e-2))
+        return model
 
-    fitted, mine = model(), model()
-    history = fitted.fit(x, y, batch_size=8, epochs=3, shuffle=False, verbose=0, validation_data=(x, y)).history
-    data = research.arrays(x, y, batch_size=8, shuffle=False)
-    state, logs = research.train(research.from_keras(mine), data, epochs=3, evaluations={"val": data})
-    research.write_back(state, mine, mine.optimizer)
-    for variable, wanted in zip(mine.variables, fitted.variables, strict=True):
-        np.testing.assert_array_equal(variable.value, wanted.value)
+    expected, model = build(), build()
+    history = expected.fit(x, y, batch_size=8, epochs=3, shuffle=False, verbose=0, validation_data=(x, y)).history
+    data = research.from_arrays(x, y, batch_size=8, shuffle=False)
+    state, logs = research.train(research.from_keras(model), data, epochs=3, evaluations={"val": data})
+    research.write_back(state, model, model.optimizer)
+    for a, b in zip(model.variables, expected.variables, strict=True):
+        np.testing.assert_array_equal(a.value, b.value)
     assert logs == {name: values[-1] for name, values in history.items()}

@@ -1,4 +1,4 @@
-"""Some seventy ways to compile and feed a model, every two choices together at least once, against Keras' own `fit`."""
+"""Some seventy configurations of a model, its targets and its training, with every pair of options, against Keras' own `fit`."""
 
 import itertools
 from typing import Any
@@ -10,12 +10,12 @@ import pytest
 from keras import layers
 
 import research
-from research.sources import indexed
+from research.data.sources import from_batches
 
 ROWS, SIZE, EPOCHS = 24, 8, 2
-WAYS, DRAWN = 64, 4000
-AXES: dict[str, tuple[str, ...]] = {
-    "kind": ("sequential", "functional", "subclassed", "nested"),
+CONFIGURATIONS, CANDIDATES = 64, 4000
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "model": ("sequential", "functional", "subclassed", "nested"),
     "outputs": ("one", "list", "dict", "steps"),
     "mask": ("none", "embedding", "masking"),
     "weights": ("none", "sample", "class", "temporal"),
@@ -27,42 +27,43 @@ AXES: dict[str, tuple[str, ...]] = {
     "regularizer": ("none", "kernel", "activity", "add_loss", "constraint"),
     "noise": ("none", "dropout", "norm", "both"),
 }
-Way = dict[str, str]
+Configuration = dict[str, str]
 
 
-def possible(way: Way) -> bool:
-    """What Keras can do at all, and gets right."""
-    several, steps = way["outputs"] in ("list", "dict"), way["outputs"] == "steps"
-    if (several and way["kind"] == "sequential") or (several and way["weights"] == "class"):
+def supported(configuration: Configuration) -> bool:
+    """Returns whether Keras supports a configuration and handles it correctly."""
+    several, steps = configuration["outputs"] in ("list", "dict"), configuration["outputs"] == "steps"
+    if (several and configuration["model"] == "sequential") or (several and configuration["weights"] == "class"):
         return False
-    if way["weights"] == "temporal" and not steps:
+    if configuration["weights"] == "temporal" and not steps:
         return False
-    if steps and (way["mask"] == "none" or way["weights"] in ("class", "sample")):
+    if steps and (configuration["mask"] == "none" or configuration["weights"] in ("class", "sample")):
         return False
-    # Keras gives its training metrics no mask of the outputs: DEVIATIONS.md.
-    return not (steps and way["metrics"] != "none")
+    # Keras does not pass the mask of the outputs to training metrics: DEVIATIONS.md.
+    return not (steps and configuration["metrics"] != "none")
 
 
-def drawn(number: int) -> list[Way]:
-    """Ways drawn at random, those that are possible: the same each time."""
+def candidates(number: int) -> list[Configuration]:
+    """Returns those of so many random configurations that are supported; the same each time."""
     rng = np.random.default_rng(0)
-    found = [{name: str(rng.choice(choices)) for name, choices in AXES.items()} for _ in range(number)]
-    return [way for way in found if possible(way)]
+    drawn = [{name: str(rng.choice(choices)) for name, choices in OPTIONS.items()} for _ in range(number)]
+    return [configuration for configuration in drawn if supported(configuration)]
 
 
-def ways() -> list[Way]:
-    """Of the ways drawn so many that every pair of choices is among them, then more."""
-    pool = drawn(DRAWN)
-    missing = {pair for way in pool for pair in pairs(way)}
-    chosen: list[Way] = []
-    while missing or len(chosen) < WAYS:
-        chosen.append(max((way for way in pool if way not in chosen), key=lambda way: len(missing & pairs(way))))
+def covering_configurations() -> list[Configuration]:
+    """Returns at least `CONFIGURATIONS` of the candidates, with every pair of options that occurs in them."""
+    pool = candidates(CANDIDATES)
+    missing = {pair for configuration in pool for pair in pairs(configuration)}
+    chosen: list[Configuration] = []
+    while missing or len(chosen) < CONFIGURATIONS:
+        remaining = (configuration for configuration in pool if configuration not in chosen)
+        chosen.append(max(remaining, key=lambda configuration: len(missing & pairs(configuration))))
         missing -= pairs(chosen[-1])
     return chosen
 
 
-def pairs(way: Way) -> set[Any]:
-    return set(itertools.combinations(sorted(way.items()), 2))
+def pairs(configuration: Configuration) -> set[Any]:
+    return set(itertools.combinations(sorted(configuration.items()), 2))
 
 
 class Penalty(layers.Layer):
@@ -75,8 +76,8 @@ class Penalty(layers.Layer):
         return x
 
 
-class Own(keras.Model):
-    """Heads on a body, called by a `call` of its own."""
+class Subclassed(keras.Model):
+    """A model with a `call` of its own that applies heads to the output of a body."""
 
     def __init__(self, body: keras.Model, heads: Any) -> None:
         super().__init__()
@@ -89,139 +90,148 @@ class Own(keras.Model):
         return [head(h) for head in self.heads] if isinstance(self.heads, list) else self.heads(h)
 
 
-def body(way: Way) -> list[Any]:
+def body(configuration: Configuration) -> list[Any]:
     regularizer: dict[str, Any] = {
         "kernel": {"kernel_regularizer": "l2"},
         "activity": {"activity_regularizer": keras.regularizers.L2(1e-3)},
         "constraint": {"kernel_constraint": keras.constraints.MaxNorm(0.8)},
-    }.get(way["regularizer"], {})
+    }.get(configuration["regularizer"], {})
     stack: list[Any] = []
-    if way["mask"] == "embedding":
+    if configuration["mask"] == "embedding":
         stack += [keras.Input((5,), dtype="int32"), layers.Embedding(12, 4, mask_zero=True)]
-    elif way["mask"] == "masking":
+    elif configuration["mask"] == "masking":
         stack += [keras.Input((5, 3)), layers.Masking()]
     else:
         stack += [keras.Input((6,))]
-    if way["mask"] != "none":
-        stack += [layers.SimpleRNN(6, return_sequences=way["outputs"] == "steps")]
+    if configuration["mask"] != "none":
+        stack += [layers.SimpleRNN(6, return_sequences=configuration["outputs"] == "steps")]
     stack += [layers.Dense(7, activation="tanh", **regularizer)]
-    stack += [Penalty()] if way["regularizer"] == "add_loss" else []
-    stack += [layers.BatchNormalization()] if way["noise"] in ("norm", "both") and way["outputs"] != "steps" else []
-    stack += [layers.Dropout(0.3)] if way["noise"] in ("dropout", "both") else []
+    stack += [Penalty()] if configuration["regularizer"] == "add_loss" else []
+    stack += (
+        [layers.BatchNormalization()]
+        if configuration["noise"] in ("norm", "both") and configuration["outputs"] != "steps"
+        else []
+    )
+    stack += [layers.Dropout(0.3)] if configuration["noise"] in ("dropout", "both") else []
     return stack
 
 
-def heads(way: Way) -> Any:
-    score, kind = layers.Dense(1, name="score"), layers.Dense(3, name="kind")
-    return {"list": [score, kind], "dict": {"score": score, "kind": kind}, "one": kind}.get(way["outputs"], score)
+def heads(configuration: Configuration) -> Any:
+    score, label = layers.Dense(1, name="score"), layers.Dense(3, name="class")
+    return {"list": [score, label], "dict": {"score": score, "class": label}, "one": label}.get(configuration["outputs"], score)
 
 
-def network(way: Way) -> keras.Model:
-    stack, ends = body(way), heads(way)
-    if way["kind"] == "sequential":
-        return keras.Sequential([*stack, ends])
-    if way["kind"] == "functional":
+def build_model(configuration: Configuration) -> keras.Model:
+    stack, outputs = body(configuration), heads(configuration)
+    if configuration["model"] == "sequential":
+        return keras.Sequential([*stack, outputs])
+    if configuration["model"] == "functional":
         x = h = stack[0]
         for layer in stack[1:]:
             h = layer(h)
     else:
         inner = keras.Sequential(stack)
-        if way["kind"] == "subclassed":
-            model = Own(inner, ends)
-            model(data(way)[0][:2])
+        if configuration["model"] == "subclassed":
+            model = Subclassed(inner, outputs)
+            model(data(configuration)[0][:2])
             return model
         x = keras.Input(stack[0].shape[1:], dtype=stack[0].dtype)
         h = inner(x)
-    return keras.Model(x, keras.tree.map_structure(lambda head: head(h), ends))
+    return keras.Model(x, keras.tree.map_structure(lambda head: head(h), outputs))
 
 
 def optimizer(name: str) -> Any:
-    of = keras.optimizers
+    optimizers = keras.optimizers
     return {
-        "nesterov": lambda: of.SGD(1e-2, momentum=0.9, nesterov=True),
-        "adamw-cosine-clipped": lambda: of.AdamW(of.schedules.CosineDecay(1e-2, 8), weight_decay=1e-2, global_clipnorm=0.5),
-        "adam-ema": lambda: of.Adam(use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=3),
-        "loss-scaled": lambda: of.LossScaleOptimizer(of.Adam()),
-    }.get(name, lambda: of.get(name))()
+        "nesterov": lambda: optimizers.SGD(1e-2, momentum=0.9, nesterov=True),
+        "adamw-cosine-clipped": lambda: optimizers.AdamW(
+            optimizers.schedules.CosineDecay(1e-2, 8), weight_decay=1e-2, global_clipnorm=0.5
+        ),
+        "adam-ema": lambda: optimizers.Adam(use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=3),
+        "loss-scaled": lambda: optimizers.LossScaleOptimizer(optimizers.Adam()),
+    }.get(name, lambda: optimizers.get(name))()
 
 
-def compiled(way: Way) -> dict[str, Any]:
-    classes = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    losses: Any = {"list": ["mse", classes], "dict": {"score": "mse", "kind": classes}, "one": classes}.get(way["outputs"], "mse")
-    measured: Any = {"list": [["mae"], ["accuracy"]], "dict": {"score": ["mae"], "kind": ["accuracy"]}, "one": ["accuracy"]}
-    found: dict[str, Any] = {"loss": losses, "optimizer": optimizer(way["optimizer"])}
-    if way["outputs"] in ("list", "dict"):
-        found["loss_weights"] = [0.5, 2.0] if way["outputs"] == "list" else {"score": 0.5, "kind": 2.0}
-    for name, when in (("metrics", ("plain", "both")), ("weighted_metrics", ("weighted", "both"))):
-        if way["metrics"] in when:
-            found[name] = measured[way["outputs"]]
-    return found
+def compile_args(configuration: Configuration) -> dict[str, Any]:
+    crossentropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    losses: Any = {"list": ["mse", crossentropy], "dict": {"score": "mse", "class": crossentropy}, "one": crossentropy}.get(
+        configuration["outputs"], "mse"
+    )
+    metrics: Any = {"list": [["mae"], ["accuracy"]], "dict": {"score": ["mae"], "class": ["accuracy"]}, "one": ["accuracy"]}
+    args: dict[str, Any] = {"loss": losses, "optimizer": optimizer(configuration["optimizer"])}
+    if configuration["outputs"] in ("list", "dict"):
+        args["loss_weights"] = [0.5, 2.0] if configuration["outputs"] == "list" else {"score": 0.5, "class": 2.0}
+    for name, choices in (("metrics", ("plain", "both")), ("weighted_metrics", ("weighted", "both"))):
+        if configuration["metrics"] in choices:
+            args[name] = metrics[configuration["outputs"]]
+    return args
 
 
-def data(way: Way) -> tuple[Any, Any, Any]:
+def data(configuration: Configuration) -> tuple[Any, Any, Any]:
     rng = np.random.default_rng(0)
     x: Any = rng.normal(size=(ROWS, 6)).astype("float32")
-    if way["mask"] == "embedding":
+    if configuration["mask"] == "embedding":
         x = rng.integers(0, 12, (ROWS, 5)).astype("int32")
-        x[:, 0] = 1  # something is left of each row
-    elif way["mask"] == "masking":
+        x[:, 0] = 1  # no row is masked completely
+    elif configuration["mask"] == "masking":
         x = rng.normal(size=(ROWS, 5, 3)).astype("float32") * (rng.uniform(size=(ROWS, 5, 1)) < 0.7)
         x[:, 0] = 1.0
         x = x.astype("float32")
-    score, kind = rng.normal(size=(ROWS, 1)).astype("float32"), rng.integers(0, 3, ROWS).astype("int32")
+    score, label = rng.normal(size=(ROWS, 1)).astype("float32"), rng.integers(0, 3, ROWS).astype("int32")
     steps = rng.normal(size=(ROWS, 5, 1)).astype("float32")
-    y: Any = {"list": [score, kind], "dict": {"score": score, "kind": kind}, "one": kind}.get(way["outputs"], steps)
+    y: Any = {"list": [score, label], "dict": {"score": score, "class": label}, "one": label}.get(configuration["outputs"], steps)
     weight: Any = None
-    if way["weights"] == "sample":
+    if configuration["weights"] == "sample":
         weight = jax.tree.map(lambda leaf: rng.uniform(size=ROWS).astype("float32"), y)
-    elif way["weights"] == "temporal":
+    elif configuration["weights"] == "temporal":
         weight = rng.uniform(size=(ROWS, 5)).astype("float32")
     return x, y, weight
 
 
-def held(model: keras.Model) -> list[list[Any]]:
+def variable_values(model: keras.Model) -> list[list[Any]]:
     return [np.asarray(v.value).tolist() for v in [*model.variables, *model.optimizer.variables]]
 
 
-def trained(way: Way, fit: Any, **options: Any) -> tuple[Any, Any]:
+def fit_model(configuration: Configuration, fit: Any, **options: Any) -> tuple[Any, Any]:
     keras.utils.set_random_seed(0)
-    model = network(way)
-    model.compile(**compiled(way))
-    x, y, weight = data(way)
+    model = build_model(configuration)
+    model.compile(**compile_args(configuration))
+    x, y, weight = data(configuration)
     keras.utils.set_random_seed(1)
-    options["class_weight"] = {0: 0.2, 2: 3.0} if way["weights"] == "class" else None
+    options["class_weight"] = {0: 0.2, 2: 3.0} if configuration["weights"] == "class" else None
     history = fit(model, x, y, sample_weight=weight, batch_size=SIZE, epochs=EPOCHS, verbose=0, **options).history
-    return history, held(model)
+    return history, variable_values(model)
 
 
-GRID = ways()
+GRID = covering_configurations()
 
 
-def test_the_grid_has_every_possible_pair_of_choices() -> None:
+def test_the_grid_has_every_supported_pair_of_options() -> None:
     assert len(GRID) >= 60
-    assert {pair for way in drawn(3 * DRAWN) for pair in pairs(way)} == {pair for way in GRID for pair in pairs(way)}
+    covered = {pair for configuration in GRID for pair in pairs(configuration)}
+    assert covered == {pair for configuration in candidates(3 * CANDIDATES) for pair in pairs(configuration)}
 
 
 @pytest.mark.slow
 @pytest.mark.promotes
-@pytest.mark.parametrize("way", GRID, ids=lambda way: " ".join(way.values()))
-def test_fit_and_our_loop_equal_keras_shuffled_bit_for_bit(way: Way) -> None:
-    history, weights = trained(way, keras.Model.fit)
-    assert trained(way, research.fit) == (history, weights)
+@pytest.mark.parametrize("configuration", GRID, ids=lambda configuration: " ".join(configuration.values()))
+def test_research_fit_and_research_train_equal_keras_fit_bit_for_bit(configuration: Configuration) -> None:
+    history, weights = fit_model(configuration, keras.Model.fit)
+    assert fit_model(configuration, research.fit) == (history, weights)
 
     keras.utils.set_random_seed(0)
-    model = network(way)
-    x, y, weight = data(way)
+    model = build_model(configuration)
+    x, y, weight = data(configuration)
     np.random.seed(1)
-    orders = [np.random.permutation(ROWS) for _ in range(1 + EPOCHS)][1:]  # Keras draws one to look at a batch
+    orders = [np.random.permutation(ROWS) for _ in range(1 + EPOCHS)][1:]  # fit draws the first one for a batch to build with
     rows = [order[i : i + SIZE] for order in orders for i in range(0, ROWS, SIZE)]
-    classes = {0: 0.2, 2: 3.0} if way["weights"] == "class" else None
-    whole = research.arrays(x, y, weight, batch_size=ROWS, shuffle=False, class_weight=classes).batch(0)
-    batches = indexed([jax.tree.map(lambda leaf, r=r: leaf[r], whole) for r in rows], steps_per_epoch=ROWS // SIZE)
-    given = {**compiled(way), "optimizer": keras.optimizers.get(compiled(way)["optimizer"])}
-    learner = research.supervised(model, **given, example=batches.batch(0))
+    class_weight = {0: 0.2, 2: 3.0} if configuration["weights"] == "class" else None
+    full_batch = research.from_arrays(x, y, weight, batch_size=ROWS, shuffle=False, class_weight=class_weight).batch(0)
+    batches = from_batches([jax.tree.map(lambda leaf, r=r: leaf[r], full_batch) for r in rows], steps_per_epoch=ROWS // SIZE)
+    args = compile_args(configuration)
+    learner = research.supervised(model, **args, example=batches.batch(0))
     state, logs = research.train(learner, batches, epochs=EPOCHS)
-    research.write_back(state, model, given["optimizer"])
-    given["optimizer"].finalize_variable_values(model.trainable_variables)  # as Keras does at the end of fit
+    research.write_back(state, model, args["optimizer"])
+    args["optimizer"].finalize_variable_values(model.trainable_variables)  # as Keras does at the end of fit
     assert [np.asarray(v.value).tolist() for v in model.variables] == weights[: len(model.variables)]
     assert logs == {name: values[-1] for name, values in history.items()}

@@ -1,4 +1,4 @@
-"""`Batch.valid`: a padded batch gives the loss, the metrics and the gradients of the batch without its padding."""
+"""A batch padded with rows that `Batch.valid` excludes gives the loss, metrics and gradients of the batch without padding."""
 
 from typing import Any
 
@@ -19,11 +19,12 @@ def metrics() -> list[Any]:
     ]
 
 
-def padded(batch: research.Batch, extra: int) -> research.Batch:
+def pad_batch(batch: research.Batch, rows: int) -> research.Batch:
     def pad(leaf: Any) -> np.ndarray:
-        return np.concatenate([leaf, np.repeat(leaf[-1:], extra, 0)])
+        return np.concatenate([leaf, np.repeat(leaf[-1:], rows, 0)])
 
-    valid = np.arange(len(jax.tree.leaves(batch.x)[0]) + extra) < len(jax.tree.leaves(batch.x)[0])
+    size = len(jax.tree.leaves(batch.x)[0])
+    valid = np.arange(size + rows) < size
     return research.Batch(*jax.tree.map(pad, batch[:3]), valid)
 
 
@@ -31,7 +32,7 @@ def classifier() -> keras.Model:
     return keras.Sequential([keras.Input((4,)), layers.Dense(3, kernel_regularizer="l2")])
 
 
-def two() -> keras.Model:
+def two_outputs() -> keras.Model:
     x = keras.Input((4,))
     return keras.Model(x, {"a": layers.Dense(1, name="a")(x), "b": layers.Dense(3, name="b")(x)})
 
@@ -53,11 +54,11 @@ XENT = keras.losses.SparseCategoricalCrossentropy
 @pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum", "mean_with_sample_weight"])
 @pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["plain", "weighted"])
 @pytest.mark.parametrize(
-    ("model", "compiled", "batch"),
+    ("model", "compile_args", "batch"),
     [
         (classifier, lambda: {"loss": XENT, "metrics": metrics(), "weighted_metrics": metrics()}, (X, LABELS)),
         (
-            two,
+            two_outputs,
             lambda: {
                 "loss": {"a": keras.losses.MeanSquaredError, "b": XENT},
                 "metrics": {"a": ["mae"]},
@@ -74,40 +75,41 @@ XENT = keras.losses.SparseCategoricalCrossentropy
     ids=["classifier", "two-outputs", "masked"],
 )
 def test_padding_changes_neither_loss_nor_metrics_nor_gradients(
-    model: Any, compiled: Any, batch: Any, weights: Any, reduction: str
+    model: Any, compile_args: Any, batch: Any, weights: Any, reduction: str
 ) -> None:
-    def made(cls: Any) -> Any:
+    def with_reduction(cls: Any) -> Any:
         return cls(from_logits=True, reduction=reduction) if cls is XENT else cls(reduction=reduction)
 
-    weights = weights if weights is None or model is classifier else {"a": weights, "b": weights} if model is two else None
-    given = research.Batch(*batch, weights)
-    options = compiled()
-    options["loss"] = keras.tree.map_structure(made, options["loss"])
-    learner = research.supervised(model(), optimizer=keras.optimizers.SGD(0.1), example=given, **options)
+    if weights is not None and model is not classifier:
+        weights = {"a": weights, "b": weights} if model is two_outputs else None
+    batch = research.Batch(*batch, weights)
+    options = compile_args()
+    options["loss"] = keras.tree.map_structure(with_reduction, options["loss"])
+    learner = research.supervised(model(), optimizer=keras.optimizers.SGD(0.1), example=batch, **options)
     for step in (learner.train, learner.evaluate):
-        state, logs = step(learner.init(), given)
-        found, padded_logs = step(learner.init(), padded(given, 3))
+        state, logs = step(learner.init(), batch)
+        padded_state, padded_logs = step(learner.init(), pad_batch(batch, 3))
         assert sorted(logs) == sorted(padded_logs)
         for name, value in logs.items():
             np.testing.assert_allclose(padded_logs[name], value, rtol=1e-6, atol=1e-7, err_msg=name)
-        for leaf, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(state), strict=True):
-            np.testing.assert_allclose(leaf, wanted, rtol=1e-5, atol=1e-6)
+        for actual, expected in zip(jax.tree.leaves(padded_state), jax.tree.leaves(state), strict=True):
+            np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
-def test_a_padded_batch_weighs_its_valid_rows_in_the_running_means() -> None:
+def test_running_means_weight_a_padded_batch_by_its_valid_rows() -> None:
     learner = research.supervised(classifier(), loss=XENT(from_logits=True), metrics=["accuracy"])
-    whole, part = research.Batch(X, LABELS), research.Batch(X[:2], LABELS[:2])
-    state, _ = learner.evaluate(learner.init(), whole)
-    _, expected = learner.evaluate(state, part)
-    _, found = learner.evaluate(state, padded(part, 3))
+    first, second = research.Batch(X, LABELS), research.Batch(X[:2], LABELS[:2])
+    state, _ = learner.evaluate(learner.init(), first)
+    _, expected = learner.evaluate(state, second)
+    _, actual = learner.evaluate(state, pad_batch(second, 3))
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-6)
+        np.testing.assert_allclose(actual[name], value, rtol=1e-6)
 
 
-def test_keras_own_steps_refuse_padding() -> None:
+def test_from_keras_refuses_padding() -> None:
     model = classifier()
     model.compile(loss=XENT(from_logits=True))
     learner = research.from_keras(model)
-    with pytest.raises(research.Refused, match="valid"):
-        learner.evaluate(learner.init(), padded(research.Batch(X, LABELS), 1))
+    with pytest.raises(research.InvalidArgument, match="valid"):
+        learner.evaluate(learner.init(), pad_batch(research.Batch(X, LABELS), 1))

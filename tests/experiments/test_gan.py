@@ -1,4 +1,4 @@
-"""The GAN's step against the Keras documents' own, and what each half of it may touch."""
+"""The GAN's step against that of the Keras guide, and what each half of it changes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import research
-from experiments import gan
+from experiments import _data, gan
+from research.transforms import with_averages
 
 pytestmark = pytest.mark.slow
 
@@ -23,12 +24,16 @@ def batches(config: gan.Config) -> list[research.Batch]:
     return [train.batch(step) for step in range(STEPS)]
 
 
-def same(one: Any, other: Any) -> bool:
-    return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+def equal(a: Any, b: Any) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-def documents_step(config: gan.Config, discriminator: keras.Model, generator: keras.Model) -> Callable[..., Any]:
-    """The step of the Keras documents: both losses, both gradients and both updates written out."""
+def copies(variables: Any) -> list[Any]:
+    return [jnp.array(v.value) for v in variables]
+
+
+def guide_step(config: gan.Config, discriminator: keras.Model, generator: keras.Model) -> Callable[..., Any]:
+    """The step of the Keras guide: both losses, both gradients and both updates written out."""
     d_optimizer = keras.optimizers.Adam(config.discriminator_rate, beta_1=0.5)
     g_optimizer = keras.optimizers.Adam(config.generator_rate, beta_1=0.5)
     d_optimizer.build(discriminator.trainable_variables)
@@ -44,111 +49,117 @@ def documents_step(config: gan.Config, discriminator: keras.Model, generator: ke
         predictions, _ = discriminator.stateless_call(d_weights, d_rest, images, training=True)
         return loss_fn(misleading_labels, predictions)
 
+    def draw(function: Any, shape: tuple[int, ...], seed: Any) -> tuple[Any, Any]:
+        """Random numbers, and the seed after them: a `SeedGenerator` counts its second word."""
+        return function(shape, seed=seed), seed + jnp.array([0, 1], seed.dtype)
+
     @jax.jit
-    def step(d: Any, g: Any, key: Any, real: Any) -> Any:
-        (d_weights, d_rest, d_slots), (g_weights, g_slots) = d, g
+    def step(d: Any, g: Any, seeds: Any, real: Any) -> Any:
+        (d_weights, d_rest, d_slots), (g_weights, g_slots), (d_seed, g_seed) = d, g, seeds
         n = len(real)
-        key, images_key, noise_key, deceit_key = jax.random.split(key, 4)
-        generated, _ = generator.stateless_call(g_weights, [], jax.random.normal(images_key, (n, config.latent)))
+        latents, d_seed = draw(keras.random.normal, (n, config.latent), d_seed)
+        generated, _ = generator.stateless_call(g_weights, [], latents)
         images = jnp.concatenate([generated, real])
         labels = jnp.concatenate([jnp.ones((n, 1)), jnp.zeros((n, 1))])
-        labels += 0.05 * jax.random.uniform(noise_key, labels.shape)
+        noise, d_seed = draw(keras.random.uniform, labels.shape, d_seed)
+        labels += 0.05 * noise
         (d_loss, d_rest), grads = jax.value_and_grad(d_loss_fn, has_aux=True)(d_weights, d_rest, images, labels)
         d_weights, d_slots = d_optimizer.stateless_apply(d_slots, grads, d_weights)
-        latents = jax.random.normal(deceit_key, (n, config.latent))
+        latents, g_seed = draw(keras.random.normal, (n, config.latent), g_seed)
         g_loss, grads = jax.value_and_grad(g_loss_fn)(g_weights, d_weights, d_rest, latents, jnp.zeros((n, 1)))
         g_weights, g_slots = g_optimizer.stateless_apply(g_slots, grads, g_weights)
-        return (d_weights, d_rest, d_slots), (g_weights, g_slots), key, (d_loss, g_loss)
+        return (d_weights, d_rest, d_slots), (g_weights, g_slots), (d_seed, g_seed), (d_loss, g_loss)
 
-    def copied(variables: Any) -> list[Any]:
-        return [jnp.array(v.value) for v in variables]
-
-    d = (
-        copied(discriminator.trainable_variables),
-        copied(discriminator.non_trainable_variables),
-        copied(d_optimizer.variables),
-    )
-    return step, (d, (copied(generator.trainable_variables), copied(g_optimizer.variables)))
+    d = copies(discriminator.trainable_variables), copies(discriminator.non_trainable_variables), copies(d_optimizer.variables)
+    return step, (d, (copies(generator.trainable_variables), copies(g_optimizer.variables)))
 
 
-def test_its_steps_equal_the_documents_own_bit_for_bit() -> None:
+def test_its_steps_equal_the_guides_bit_for_bit() -> None:
     config = gan.Config(**SMALL)
     keras.utils.set_random_seed(config.seed)
-    step, (d, g) = documents_step(config, *gan.networks(config))
+    step, (d, g) = guide_step(config, *gan.networks(config))
+    seeds = tuple(jnp.array(keras.random.SeedGenerator(config.seed + i).state.value) for i in range(2))
     learner = gan.build(config)
-    state, train, key = learner.init(), jax.jit(learner.train), jax.random.PRNGKey(config.seed)
+    state, train = learner.init(), jax.jit(learner.train)
     for batch in batches(config):
-        d, g, key, losses = step(d, g, key, batch.x)
+        d, g, seeds, losses = step(d, g, seeds, batch.x)
         state, logs = train(learner.reset(state), batch)
-        assert (float(logs["d_loss"]), float(logs["g_loss"])) == tuple(map(float, losses))
-        jax.tree.map(np.testing.assert_array_equal, (state.discriminator[:3], state.key), (d, key))
-        jax.tree.map(np.testing.assert_array_equal, (state.generator.trainable, state.generator.optimizer), g)
+        assert (float(logs["discriminator_loss"]), float(logs["generator_loss"])) == tuple(map(float, losses))
+        d_state, g_state = state["discriminator"], state["generator"].state
+        *dropout_seeds, d_seed = d_state.non_trainable
+        ours = d_state.trainable, dropout_seeds, d_state.optimizer, d_seed
+        jax.tree.map(np.testing.assert_array_equal, ours, (d[0], d[1], d[2], seeds[0]))
+        ours = g_state.trainable, g_state.optimizer, g_state.non_trainable
+        jax.tree.map(np.testing.assert_array_equal, ours, (g[0], g[1], [seeds[1]]))
 
 
-def test_each_network_is_moved_by_its_own_half_alone() -> None:
-    def stepped(**rates: float) -> tuple[gan.GAN, gan.GAN]:
+def test_each_network_is_changed_by_its_own_half_alone() -> None:
+    def stepped(**rates: float) -> tuple[gan.State, gan.State]:
         config = gan.Config(**SMALL, **rates)
         learner = gan.build(config)
         return learner.init(), jax.jit(learner.train)(learner.init(), batches(config)[0])[0]
 
     before, both = stepped()
-    _, judge_alone = stepped(generator_rate=0.0)
-    _, artist_alone = stepped(discriminator_rate=0.0)
-    assert not same(before.discriminator.trainable, both.discriminator.trainable)
-    assert not same(before.generator.trainable, both.generator.trainable)
-    assert same(before.generator.trainable, judge_alone.generator.trainable)
-    assert same(before.discriminator.trainable, artist_alone.discriminator.trainable)
-    # The generator's half leaves no trace in the discriminator: no weight, no slot, no seed of its dropout.
-    assert same(both.discriminator, judge_alone.discriminator)
+    _, discriminator_only = stepped(generator_rate=0.0)
+    _, generator_only = stepped(discriminator_rate=0.0)
+    weights = before["generator"].state.trainable
+    assert not equal(before["discriminator"].trainable, both["discriminator"].trainable)
+    assert not equal(weights, both["generator"].state.trainable)
+    assert equal(weights, discriminator_only["generator"].state.trainable)
+    assert equal(before["discriminator"].trainable, generator_only["discriminator"].trainable)
+    # The generator's half changes nothing in the discriminator: no weight, no slot, no seed of its dropout.
+    assert equal(both["discriminator"], discriminator_only["discriminator"])
 
 
-def test_chance_lives_in_the_state_and_moves_with_each_step() -> None:
+def test_random_seeds_are_part_of_the_state_and_change_with_each_step() -> None:
     config = gan.Config(**SMALL)
     learner, batch = gan.build(config), batches(config)[0]
     train, state = jax.jit(learner.train), learner.init()
-    once, again = train(state, batch)[0], train(state, batch)[0]
-    assert same(once, again)
-    assert not same(once.key, state.key)
-    assert not same(once.discriminator.non_trainable, state.discriminator.non_trainable)
-    assert not same(train(state._replace(key=once.key), batch)[0].generator.trainable, once.generator.trainable)
-    images = learner.predict(state, batch)
-    assert images.shape == (8, gan.SIDE, gan.SIDE)
-    assert same(images, learner.predict(state, batch))
-    assert not same(images, learner.predict(state._replace(key=once.key), batch))
+    first, again = train(state, batch)[0], train(state, batch)[0]
+    assert equal(first, again)
+    assert not equal(first["discriminator"].non_trainable, state["discriminator"].non_trainable)
+    reseeded = {**state, "generator": state["generator"]._replace(
+        state=state["generator"].state._replace(non_trainable=first["generator"].state.non_trainable))}  # fmt: skip
+    assert not equal(train(reseeded, batch)[0]["generator"].state.trainable, first["generator"].state.trainable)
 
 
-def test_losses_run_from_a_reset_on_and_evaluation_leaves_the_networks_alone() -> None:
+def test_losses_are_means_since_the_reset_and_evaluation_changes_no_weights() -> None:
     config = gan.Config(**SMALL)
     learner = gan.build(config)
     state, train, single = learner.init(), jax.jit(learner.train), []
+    names = ("discriminator_loss", "generator_loss")
     for batch in batches(config):
-        apart, logs = train(learner.reset(state), batch)
-        single.append([float(logs[name]) for name in ("d_loss", "g_loss")])
+        alone, logs = train(learner.reset(state), batch)
+        single.append([float(logs[name]) for name in names])
         state, running = train(state, batch)
-        assert same(apart.generator.trainable, state.generator.trainable)
-    np.testing.assert_allclose([float(running["d_loss"]), float(running["g_loss"])], np.mean(single, 0), rtol=1e-6)
+        assert equal(alone["generator"].state.trainable, state["generator"].state.trainable)
+    np.testing.assert_allclose([float(running[name]) for name in names], np.mean(single, 0), rtol=1e-6)
     after, logs = jax.jit(learner.evaluate)(learner.reset(state), gan.data(config)["val"].batch(0))
-    assert sorted(logs) == ["d_loss", "g_loss"]
-    assert same(after.average, state.average)
-    for mine, old in ((after.discriminator, state.discriminator), (after.generator, state.generator)):
-        assert same(mine[:3], old[:3])
+    assert sorted(logs) == list(names)
+    assert equal(after["generator"].average, state["generator"].average)
+    before = state["discriminator"], state["generator"].state
+    for new, old in zip((after["discriminator"], after["generator"].state), before, strict=True):
+        assert equal((new.trainable, new.optimizer), (old.trainable, old.optimizer))
 
 
 def test_digits_are_drawn_with_the_average_of_the_generators_weights() -> None:
     config = gan.Config(**SMALL, averaging=0.75)
     learner = gan.build(config)
     state, train = learner.init(), jax.jit(learner.train)
-    average = [np.asarray(w, np.float64) for w in state.generator.trainable]
+    average = [np.asarray(w, np.float64) for w in state["generator"].state.trainable]
     for batch in batches(config):
         state, _ = train(state, batch)
-        average = [0.75 * a + 0.25 * np.asarray(w, np.float64) for a, w in zip(average, state.generator.trainable, strict=True)]
-    jax.tree.map(lambda mine, wanted: np.testing.assert_allclose(mine, wanted, rtol=1e-6, atol=1e-7), state.average, average)
+        weights = state["generator"].state.trainable
+        average = [0.75 * a + 0.25 * np.asarray(w, np.float64) for a, w in zip(average, weights, strict=True)]
+    averaged = with_averages(state)["generator"].state.trainable
+    for a, expected in zip(averaged, average, strict=True):
+        np.testing.assert_allclose(a, expected, rtol=1e-6, atol=1e-7)
     generator = gan.models(config, state)["generator"]
-    latents = jax.random.normal(jax.random.PRNGKey(0), (5, config.latent))
-    np.testing.assert_array_equal(gan.samples(learner, state, 5), generator(latents))
+    latents = np.random.default_rng(0).normal(size=(5, config.latent)).astype("float32")
+    np.testing.assert_array_equal(gan.samples(config, learner, state, 5), generator(latents))
 
 
-def test_leaves_have_names_of_their_own() -> None:
+def test_leaves_have_unique_names() -> None:
     names = jax.tree.leaves(gan.build(gan.Config(**SMALL)).names)
     assert len(names) == len(set(names))
 
@@ -157,8 +168,8 @@ def test_after_20_epochs_a_classifier_reads_its_digits_and_none_is_a_copy() -> N
     config = gan.Config(epochs=20)
     learner, splits = gan.build(config), gan.data(config)
     state, _ = research.train(learner, splits["train"], epochs=config.epochs)
-    found = gan.results(config, learner, state, splits)
-    assert found["confidence"] >= 0.8
-    assert found["classes"] == gan.CLASSES
-    assert found["smallest_share"] >= 0.02
-    assert found["novelty"] >= 1.0
+    scores = gan.results(config, learner, state, splits)
+    assert scores["confidence"] >= 0.8
+    assert scores["classes"] == _data.CLASSES
+    assert scores["smallest_share"] >= 0.02
+    assert scores["novelty"] >= 1.0

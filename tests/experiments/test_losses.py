@@ -1,4 +1,4 @@
-"""The variations against Keras' own trainer, NumPy and optax run by hand."""
+"""The variations against Keras' own trainer, NumPy and optax called directly."""
 
 from typing import Any
 
@@ -15,11 +15,11 @@ from experiments import losses
 pytestmark = pytest.mark.slow
 
 STEPS = 3
-AS_KERAS = {
+EQUAL_TO_KERAS = {
     **{name: losses.Config(variation=name, units=16) for name in losses.VARIATIONS if name not in ("inside", "plateau")},
     "piecewise": losses.Config(variation="schedule", decay="piecewise", units=16, steps=3),
 }
-QUICK = {"plain", "metrics"}
+FAST = {"plain", "metrics"}
 
 
 def batches(config: losses.Config) -> list[research.Batch]:
@@ -28,36 +28,36 @@ def batches(config: losses.Config) -> list[research.Batch]:
 
 
 def trained(config: losses.Config) -> tuple[research.State, list[dict[str, float]]]:
-    """The state after three steps, and what each logs by itself, as `train_on_batch` does."""
+    """Returns the state after three steps, and the logs of each step alone, as `train_on_batch` returns them."""
     learner = losses.build(config)
     state, train, logs = learner.init(), jax.jit(learner.train), []
     for batch in batches(config):
-        state, found = train(learner.reset(state), batch)
-        logs.append({name: float(value) for name, value in found.items()})
+        state, values = train(learner.reset(state), batch)
+        logs.append({name: float(value) for name, value in values.items()})
     return state, logs
 
 
 @pytest.mark.parametrize(
     "config",
-    [pytest.param(config, id=name, marks=[pytest.mark.slow] * (name not in QUICK)) for name, config in AS_KERAS.items()],
+    [pytest.param(config, id=name, marks=[pytest.mark.slow] * (name not in FAST)) for name, config in EQUAL_TO_KERAS.items()],
 )
 def test_weights_and_logs_equal_keras_train_on_batch_bit_for_bit(config: losses.Config) -> None:
     state, logs = trained(config)
     keras.utils.set_random_seed(config.seed)
     model, compiled = losses.VARIATIONS[config.variation](config)
     model.compile(**compiled)
-    for batch, mine in zip(batches(config), logs, strict=True):
-        wanted = model.train_on_batch(batch.x, batch.y, return_dict=True)
-        assert {name: value for name, value in mine.items() if name != "learning_rate"} == wanted
+    for batch, values in zip(batches(config), logs, strict=True):
+        expected = model.train_on_batch(batch.x, batch.y, return_dict=True)
+        assert {name: value for name, value in values.items() if name != "learning_rate"} == expected
         if config.variation == "schedule":
-            assert mine["learning_rate"] == float(model.optimizer.learning_rate)
+            assert values["learning_rate"] == float(model.optimizer.learning_rate)
     jax.tree.map(np.testing.assert_array_equal, state.trainable, [v.numpy() for v in model.trainable_variables])
     jax.tree.map(np.testing.assert_array_equal, state.non_trainable, [v.numpy() for v in model.non_trainable_variables])
     jax.tree.map(np.testing.assert_array_equal, state.optimizer, [v.numpy() for v in model.optimizer.variables])
 
 
-def test_each_loss_and_metric_of_its_own_equals_its_formula() -> None:
-    """In NumPy, and for metrics over two batches, with sample weights and without."""
+def test_custom_losses_and_metrics_equal_their_formulas() -> None:
+    """In NumPy; metrics over two batches, with sample weights and without."""
     rng = np.random.default_rng(0)
     p = rng.dirichlet(np.ones(losses.CLASSES), 32).astype("float32")
     y = rng.integers(0, losses.CLASSES, 32).astype("int32")
@@ -68,17 +68,17 @@ def test_each_loss_and_metric_of_its_own_equals_its_formula() -> None:
     weighted = losses.WeightedBinaryCrossentropy(pos_weight=9.0, weight=2.0)(y, p)
     np.testing.assert_allclose(weighted, 2 * np.mean(-9 * t * np.log(p) - (1 - t) * np.log(1 - p)), rtol=1e-5)
     weights = rng.uniform(size=32).astype("float32")
-    right, squares = p.argmax(-1) == y, ((t - p) ** 2).mean(-1)
-    for w, given in ((np.ones(32), None), (weights, weights)):
+    correct, squares = p.argmax(-1) == y, ((t - p) ** 2).mean(-1)
+    for w, sample_weight in ((np.ones(32), None), (weights, weights)):
         count, rmse = losses.CategoricalTruePositives(), losses.RMSE()
         for half in (slice(0, 20), slice(20, 32)):
             for metric in (count, rmse):
-                metric.update_state(y[half], p[half], sample_weight=None if given is None else given[half])
-        np.testing.assert_allclose(count.result(), (right * w).sum(), rtol=1e-5)
+                metric.update_state(y[half], p[half], sample_weight=None if sample_weight is None else sample_weight[half])
+        np.testing.assert_allclose(count.result(), (correct * w).sum(), rtol=1e-5)
         np.testing.assert_allclose(rmse.result(), np.sqrt((squares * w).sum() / w.sum()), rtol=1e-5)
 
 
-def test_what_a_layer_adds_to_the_loss_is_in_it() -> None:
+def test_the_loss_includes_regularizers_and_add_loss() -> None:
     config = losses.Config(variation="activity", units=16, dropout=0.0)
     state, batch = losses.build(config).init(), batches(config)[0]
     _, logs = trained(config)
@@ -86,12 +86,12 @@ def test_what_a_layer_adds_to_the_loss_is_in_it() -> None:
     hidden = np.maximum(batch.x.reshape(-1, 64) / 16 @ kernel + bias, 0)
     logits = hidden @ out + out_bias
     crossentropy = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(batch.y)), batch.y]
-    # Keras divides what an activity regularizer gives by the number of examples.
+    # Keras divides the value of an activity regularizer by the number of examples.
     added = 1e-4 * (kernel**2).sum() + 5e-3 * np.abs(hidden).sum() / len(hidden) + 0.1 * np.abs(hidden).mean()
     np.testing.assert_allclose(logs[0]["loss"], crossentropy.mean() + added, rtol=1e-5)
 
 
-def test_a_layer_logs_its_mean_activation_from_inside_and_changes_nothing_else() -> None:
+def test_a_metric_inside_a_layer_is_logged_and_changes_nothing_else() -> None:
     config = losses.Config(variation="inside", units=16)
     learner = losses.build(config)
     state, train, means = learner.init(), jax.jit(learner.train), []
@@ -101,52 +101,58 @@ def test_a_layer_logs_its_mean_activation_from_inside_and_changes_nothing_else()
         state, logs = train(state, batch)
         np.testing.assert_allclose(logs["activation"], np.mean(means), rtol=1e-5)
     _, logs = train(learner.reset(state), batches(config)[0])
-    assert abs(float(logs["activation"]) - means[0]) > 1e-6  # the weights have moved on, the mean begins anew
+    assert abs(float(logs["activation"]) - means[0]) > 1e-6  # the weights have changed, and the mean was reset
     plain, _ = trained(losses.Config(variation="plain", units=16))
     jax.tree.map(np.testing.assert_array_equal, state.trainable, plain.trainable)
 
 
 @pytest.mark.promotes
-def test_the_plateau_equals_optax_run_by_hand() -> None:
+def test_the_plateau_equals_optax_called_directly() -> None:
     config = losses.Config(variation="plateau", units=16)
     state, logs = trained(config)
     keras.utils.set_random_seed(config.seed)
     model, compiled = losses.plateau(config)
     transformation = compiled["optimizer"]
 
-    def loss_of(trainable: Any, rest: Any, batch: research.Batch) -> Any:
-        probabilities, rest = model.stateless_call(trainable, rest, batch.x, training=True)
-        return keras.losses.SparseCategoricalCrossentropy()(batch.y, probabilities), rest
+    def loss_fn(trainable: Any, non_trainable: Any, batch: research.Batch) -> Any:
+        probabilities, non_trainable = model.stateless_call(trainable, non_trainable, batch.x, training=True)
+        return keras.losses.SparseCategoricalCrossentropy()(batch.y, probabilities), non_trainable
 
     @jax.jit
-    def step(trainable: Any, rest: Any, slots: Any, batch: research.Batch) -> Any:
-        (loss, rest), grads = jax.value_and_grad(loss_of, has_aux=True)(trainable, rest, batch)
+    def step(trainable: Any, non_trainable: Any, slots: Any, batch: research.Batch) -> Any:
+        (loss, non_trainable), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable, non_trainable, batch)
         updates, slots = transformation.update(grads, slots, trainable, value=loss)
-        return optax.apply_updates(trainable, updates), rest, slots
+        return optax.apply_updates(trainable, updates), non_trainable, slots
 
-    trainable, rest = ([jnp.array(v.value) for v in part] for part in (model.trainable_variables, model.non_trainable_variables))
+    trainable, non_trainable = (
+        [jnp.array(v.value) for v in part] for part in (model.trainable_variables, model.non_trainable_variables)
+    )
     slots = transformation.init(trainable)
     for batch in batches(config):
-        trainable, rest, slots = step(trainable, rest, slots, batch)
+        trainable, non_trainable, slots = step(trainable, non_trainable, slots, batch)
     jax.tree.map(np.testing.assert_array_equal, (state.trainable, state.optimizer["transform"]), (trainable, slots))
-    assert [each["learning_rate"] for each in logs] == pytest.approx([config.learning_rate] * STEPS)
+    assert [values["learning_rate"] for values in logs] == pytest.approx([config.learning_rate] * STEPS)
 
 
 @pytest.mark.promotes
-def test_the_rate_is_halved_after_so_many_epochs_without_a_lower_loss() -> None:
-    """So small a rate that the loss stays: the first epoch sets the mark, then each `patience` epochs halve the rate."""
+def test_the_plateau_halves_the_rate_after_patience_epochs_without_a_lower_loss() -> None:
+    """The rate is too small to change the loss: after the first epoch, every `patience` epochs halve the rate."""
     config = losses.Config(variation="plateau", units=16, dropout=0.0, learning_rate=1e-12, patience=2, batch_size=479)
     splits, learner, rates = losses.data(config), losses.build(config), []
     research.train(
-        learner, splits["train"], epochs=7, log=lambda e: e.step % 3 or rates.append(e.values["learning_rate"]), log_every=3
+        learner,
+        splits["train"],
+        epochs=7,
+        log=lambda entry: entry.step % 3 or rates.append(entry.values["learning_rate"]),
+        log_every=3,
     )
     per_epoch = dict(enumerate(rates))
     assert splits["train"].steps_per_epoch == 3
     np.testing.assert_allclose([per_epoch[i] / 1e-12 for i in range(7)], [1, 1, 0.5, 0.5, 0.25, 0.25, 0.125], rtol=1e-5)
 
 
-def test_a_schedule_logs_the_rate_of_the_next_step() -> None:
+def test_a_schedule_logs_the_learning_rate_of_the_next_step() -> None:
     config = losses.Config(variation="schedule", units=16, steps=10)
     _, logs = trained(config)
-    wanted = [config.learning_rate * (1 / 20) ** (step / 10) for step in range(1, STEPS + 1)]
-    np.testing.assert_allclose([each["learning_rate"] for each in logs], wanted, rtol=1e-5)
+    expected = [config.learning_rate * (1 / 20) ** (step / 10) for step in range(1, STEPS + 1)]
+    np.testing.assert_allclose([values["learning_rate"] for values in logs], expected, rtol=1e-5)

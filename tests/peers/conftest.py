@@ -1,4 +1,4 @@
-"""Tests that compare with other libraries, run where those are: `just test` has an environment for them."""
+"""Tests that compare with other libraries. They run only if these are installed: `just test` has an environment with them."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""The same steps on JAX, TensorFlow and PyTorch."""
+"""The same training steps on JAX, TensorFlow and PyTorch."""
 
 import json
 import subprocess
@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
-OTHERS = ("tensorflow", "tensorflow-function", "torch")
+ROOT = Path(__file__).parents[2]
+OTHER_BACKENDS = ("tensorflow", "tensorflow-function", "torch")
 pytestmark = pytest.mark.slow
 
 
@@ -19,9 +19,9 @@ def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two epochs of SGD at a rate that learns: at the documents' 1e-3 the weights hardly move, and differ less still."""
-    directory = tmp_path_factory.mktemp("here") / "run"
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two epochs of SGD with a learning rate large enough for weights to differ: at the default 1e-3 they hardly change."""
+    directory = tmp_path_factory.mktemp("comparison") / "run"
     options = ("--optimizer", "sgd", "--learning-rate", "0.1", "--epochs", "2", "--rounds", "1")
     done = command(*options, "--run-dir", directory.name, cwd=directory.parent)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -32,43 +32,43 @@ def arrays(directory: Path, name: str) -> dict[str, np.ndarray]:
     return dict(np.load(directory / f"{name}.npz"))
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_losses_equal_those_of_other_backends_to_5e_6_at_every_step(compared: Path, name: str) -> None:
-    ours, theirs = arrays(compared, "jax"), arrays(compared, name)
-    assert ours["loss"].shape == (2 * 23,)
-    assert np.mean(ours["loss"][-5:]) < 0.7 * ours["loss"][0]  # there was something to agree about
-    np.testing.assert_allclose(theirs["loss"], ours["loss"], rtol=5e-6)
+@pytest.mark.parametrize("name", OTHER_BACKENDS)
+def test_losses_of_all_backends_agree_to_5e_6_at_every_step(comparison: Path, name: str) -> None:
+    expected, results = arrays(comparison, "jax"), arrays(comparison, name)
+    assert expected["loss"].shape == (2 * 23,)
+    assert np.mean(expected["loss"][-5:]) < 0.7 * expected["loss"][0]  # the weights learned something
+    np.testing.assert_allclose(results["loss"], expected["loss"], rtol=5e-6)
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_weights_equal_those_of_other_backends_to_5e_6(compared: Path, name: str) -> None:
-    ours, theirs, start = (arrays(compared, each) for each in ("jax", name, "start"))
-    for weight in (f"weight_{i}" for i in range(6)):
-        assert np.abs(ours[weight] - start[weight]).max() > 0.01
-        np.testing.assert_allclose(theirs[weight], ours[weight], rtol=0, atol=5e-6)
+@pytest.mark.parametrize("name", OTHER_BACKENDS)
+def test_weights_of_all_backends_agree_to_5e_6(comparison: Path, name: str) -> None:
+    expected, weights, start = (arrays(comparison, part) for part in ("jax", name, "start"))
+    for name in (f"weight_{i}" for i in range(6)):
+        assert np.abs(expected[name] - start[name]).max() > 0.01
+        np.testing.assert_allclose(weights[name], expected[name], rtol=0, atol=5e-6)
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_accuracies_are_those_of_other_backends(compared: Path, name: str) -> None:
-    ours, theirs = arrays(compared, "jax"), arrays(compared, name)
-    assert theirs["accuracy"].tolist() == ours["accuracy"].tolist()
-    assert theirs["val_accuracy"].tolist() == ours["val_accuracy"].tolist()
+@pytest.mark.parametrize("name", OTHER_BACKENDS)
+def test_accuracies_of_all_backends_are_equal(comparison: Path, name: str) -> None:
+    expected, results = arrays(comparison, "jax"), arrays(comparison, name)
+    assert results["accuracy"].tolist() == expected["accuracy"].tolist()
+    assert results["val_accuracy"].tolist() == expected["val_accuracy"].tolist()
 
 
-def test_a_comparison_leaves_numbers_and_a_picture_and_is_shown_again(compared: Path) -> None:
-    found = json.loads((compared / "backends.json").read_text())
-    assert set(found["backends"]) == {"jax", *OTHERS}
-    assert all(row["time_over_ours"]["median"] > 0 for row in found["backends"].values())
-    assert (compared / "curves.png").read_bytes().startswith(b"\x89PNG")
-    before = {path: path.stat().st_mtime_ns for path in compared.iterdir()}
-    options = ("--optimizer", "sgd", "--learning-rate", "0.1", "--epochs", "2", "--rounds", "1", "--run-dir", compared.name)
-    again = command(*options, cwd=compared.parent)
-    assert (again.returncode, again.stderr) == (0, "")
-    assert "PyTorch" in again.stdout
-    other = command(*options, "--seed", "1", cwd=compared.parent)
-    assert other.returncode == 1
-    assert other.stderr.startswith("error: --run-dir run: it holds a comparison with other options")
-    assert before == {path: path.stat().st_mtime_ns for path in compared.iterdir()}
+def test_a_comparison_writes_numbers_and_a_figure_and_running_it_again_only_prints_them(comparison: Path) -> None:
+    summary = json.loads((comparison / "backends.json").read_text())
+    assert set(summary["backends"]) == {"jax", *OTHER_BACKENDS}
+    assert all(row["time_over_ours"]["median"] > 0 for row in summary["backends"].values())
+    assert (comparison / "curves.png").read_bytes().startswith(b"\x89PNG")
+    before = {path: path.stat().st_mtime_ns for path in comparison.iterdir()}
+    options = ("--optimizer", "sgd", "--learning-rate", "0.1", "--epochs", "2", "--rounds", "1", "--run-dir", comparison.name)
+    repeated = command(*options, cwd=comparison.parent)
+    assert (repeated.returncode, repeated.stderr) == (0, "")
+    assert "PyTorch" in repeated.stdout
+    different = command(*options, "--seed", "1", cwd=comparison.parent)
+    assert different.returncode == 1
+    assert different.stderr.startswith("error: --run-dir run: contains a comparison with other options")
+    assert before == {path: path.stat().st_mtime_ns for path in comparison.iterdir()}
 
 
 @pytest.mark.parametrize(
@@ -80,10 +80,10 @@ def test_wrong_usage_exits_2_and_writes_nothing(tmp_path: Path, options: tuple[s
     assert options[0] in done.stderr
 
 
-def test_without_the_other_backends_one_line_says_how_to_get_them(tmp_path: Path) -> None:
-    hidden = "import runpy, sys; sys.modules['torch'] = None; sys.path.insert(0, sys.argv[1])"
-    program = f"{hidden}; runpy.run_path(sys.argv.pop(1) + '/backends.py', run_name='__main__')"
+def test_missing_backends_are_an_error_of_one_line_that_names_the_command_to_install_them(tmp_path: Path) -> None:
+    without_torch = "import runpy, sys; sys.modules['torch'] = None; sys.path.insert(0, sys.argv[1])"
+    program = f"{without_torch}; runpy.run_path(sys.argv.pop(1) + '/backends.py', run_name='__main__')"
     call = [sys.executable, "-c", program, str(ROOT / "scripts")]
     done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert (done.returncode, list(tmp_path.iterdir())) == (1, [])
-    assert done.stderr == "error: no torch in this environment: `just backends` installs them into one of its own.\n"
+    assert done.stderr == "error: this environment lacks torch: `just backends` installs what it needs.\n"

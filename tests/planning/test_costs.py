@@ -1,6 +1,7 @@
-"""What is read from compiled programs: against counts by hand, against XLA's own where it counts right, and inside loops."""
+"""Costs of compiled programs: against counts by hand, against XLA's own count where that is right, and inside loops."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,18 +11,20 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from research import hlo, parallel
+from research import distributed
+from research.planning import costs
+from research.planning.hlo import Program, aliased_arguments, execution_counts, parse
 
 
 def compiled(function: Callable[..., Any], *args: Any) -> jax.stages.Compiled:
     return jax.jit(function).lower(*args).compile()
 
 
-def program(function: Callable[..., Any], *args: Any) -> hlo.Program:
-    return hlo.read(compiled(function, *args).as_text())
+def program(function: Callable[..., Any], *args: Any) -> Program:
+    return parse(compiled(function, *args).as_text())
 
 
-def looped(function: Callable[..., Any], *lengths: int) -> Callable[..., Any]:
+def nested_scans(function: Callable[..., Any], *lengths: int) -> Callable[..., Any]:
     for length in lengths:
         inner = function
         function = lambda x, *rest, length=length, inner=inner: jax.lax.scan(  # noqa: E731
@@ -32,20 +35,20 @@ def looped(function: Callable[..., Any], *lengths: int) -> Callable[..., Any]:
 
 PRODUCTS = {
     "matrices": (lambda a, b: a @ b, [(32, 48), (48, 16)], 2 * 32 * 48 * 16),
-    "a batch of them": (lambda a, b: jnp.einsum("bij,bjk->bik", a, b), [(5, 8, 6), (5, 6, 7)], 2 * 5 * 8 * 6 * 7),
-    "heads": (lambda a, b: jnp.einsum("bqhd,bkhd->bhqk", a, b), [(2, 9, 3, 4), (2, 11, 3, 4)], 2 * 2 * 3 * 9 * 11 * 4),
-    "two, one after the other": (lambda a, b: jnp.sin(a @ b) @ b, [(8, 16), (16, 16)], 2 * 2 * 8 * 16 * 16),
+    "batched matrices": (lambda a, b: jnp.einsum("bij,bjk->bik", a, b), [(5, 8, 6), (5, 6, 7)], 2 * 5 * 8 * 6 * 7),
+    "attention scores": (lambda a, b: jnp.einsum("bqhd,bkhd->bhqk", a, b), [(2, 9, 3, 4), (2, 11, 3, 4)], 2 * 2 * 3 * 9 * 11 * 4),
+    "two in sequence": (lambda a, b: jnp.sin(a @ b) @ b, [(8, 16), (16, 16)], 2 * 2 * 8 * 16 * 16),
 }
 CONVOLUTIONS = {
     "same": ((2, 8, 8, 3), (3, 3, 3, 5), {"padding": "SAME"}, 2 * 2 * 3 * 5 * 22 * 22),
     "valid": ((2, 8, 8, 3), (3, 3, 3, 5), {"padding": "VALID"}, 2 * 2 * 3 * 5 * 18 * 18),
     "strided": ((1, 9, 4), (3, 4, 6), {"padding": "VALID", "strides": 2}, 2 * 4 * 6 * 12),
     "grouped": ((2, 8, 4), (3, 2, 6), {"padding": "SAME", "groups": 2}, 2 * 2 * 2 * 6 * 22),
-    "spread": ((1, 8, 4), (3, 4, 6), {"padding": "VALID", "spread": 2}, 2 * 4 * 6 * 12),
+    "dilated": ((1, 8, 4), (3, 4, 6), {"padding": "VALID", "dilation": 2}, 2 * 4 * 6 * 12),
 }
 
 
-def convolution(x: Any, w: Any, padding: str, strides: int = 1, groups: int = 1, spread: int = 1) -> Any:
+def convolution(x: Any, w: Any, padding: str, strides: int = 1, groups: int = 1, dilation: int = 1) -> Any:
     axes = x.ndim - 2
     letters = "HW"[:axes]
     return jax.lax.conv_general_dilated(
@@ -53,67 +56,65 @@ def convolution(x: Any, w: Any, padding: str, strides: int = 1, groups: int = 1,
         w,
         (strides,) * axes,
         padding,
-        rhs_dilation=(spread,) * axes,
+        rhs_dilation=(dilation,) * axes,
         dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
         feature_group_count=groups,
     )
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_products_count_two_for_each_multiplication(name: str) -> None:
-    function, shapes, wanted = PRODUCTS[name]
-    assert hlo.matrix_flops(program(function, *map(jnp.ones, shapes))) == wanted
+def test_a_multiply_add_counts_as_two_flops(name: str) -> None:
+    function, shapes, expected = PRODUCTS[name]
+    assert costs.matrix_flops(program(function, *map(jnp.ones, shapes))) == expected
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_convolutions_count_what_meets_an_input_and_no_padding(name: str) -> None:
-    x, w, options, wanted = CONVOLUTIONS[name]
-    found = compiled(functools.partial(convolution, **options), jnp.ones(x), jnp.ones(w))
-    assert hlo.matrix_flops(hlo.read(found.as_text())) == wanted
+def test_convolution_taps_on_padding_do_not_count(name: str) -> None:
+    x, w, options, expected = CONVOLUTIONS[name]
+    function = functools.partial(convolution, **options)
+    assert costs.matrix_flops(program(function, jnp.ones(x), jnp.ones(w))) == expected
 
 
 @pytest.mark.parametrize("lengths", [(3,), (7,), (3, 5), (2, 3, 4)])
-def test_a_loop_counts_as_often_as_it_runs_though_xla_counts_it_once(lengths: tuple[int, ...]) -> None:
-    one = lambda x, w: jnp.sin(x @ w)  # noqa: E731
+def test_a_loop_counts_once_per_iteration_though_xla_counts_it_once(lengths: tuple[int, ...]) -> None:
+    layer = lambda x, w: jnp.sin(x @ w)  # noqa: E731
     x, w = jnp.ones((64, 64)), jnp.ones((64, 64))
-    once, times = 2 * 64**3, functools.reduce(lambda a, b: a * b, lengths)
-    found = compiled(looped(one, *lengths), x, w)
-    assert hlo.matrix_flops(hlo.read(found.as_text())) == times * once
-    assert found.cost_analysis()["flops"] < 1.5 * once  # the reason for counting oneself
-    assert hlo.matrix_flops(program(one, x, w)) == once
+    loop = compiled(nested_scans(layer, *lengths), x, w)
+    assert costs.matrix_flops(program(layer, x, w)) == 2 * 64**3
+    assert costs.matrix_flops(parse(loop.as_text())) == math.prod(lengths) * 2 * 64**3
+    assert loop.cost_analysis()["flops"] < 1.5 * 2 * 64**3  # why XLA's count is not used
 
 
-def test_two_lengths_of_a_loop_cost_twice_the_memory_traffic() -> None:
+def test_twice_the_iterations_cost_twice_the_memory_traffic() -> None:
     x, w = jnp.ones((64, 64)), jnp.ones((40, 64, 64))
 
-    def layers(x: Any, w: Any) -> Any:
-        return jax.lax.scan(lambda x, each: (jnp.sin(x @ each), None), x, w)[0]
+    def layers(x: Any, ws: Any) -> Any:
+        return jax.lax.scan(lambda x, w: (jnp.sin(x @ w), None), x, ws)[0]
 
-    short, long = (hlo.memory_bytes(program(layers, x, w[:length])) for length in (20, 40))
+    short, long = (costs.memory_bytes(program(layers, x, w[:length])) for length in (20, 40))
     assert long / short == pytest.approx(2, rel=0.02)
-    # The weights that an iteration looks up count, not all of them.
+    # An iteration reads its own slice of the weights, not all of them.
     assert long < 3 * 40 * 5 * x.nbytes
 
 
 @pytest.mark.parametrize("size", [(256, 256), (64, 1024)])
-def test_without_a_loop_memory_traffic_is_near_xlas(size: tuple[int, ...]) -> None:
+def test_without_a_loop_memory_traffic_is_near_the_count_of_xla(size: tuple[int, ...]) -> None:
     x, w = jnp.ones(size), jnp.ones((size[1], 128))
-    found = compiled(lambda x, w: jnp.sin(x) @ w, x, w)
-    assert hlo.memory_bytes(hlo.read(found.as_text())) == pytest.approx(found.cost_analysis()["bytes accessed"], rel=0.1)
+    product = compiled(lambda x, w: jnp.sin(x) @ w, x, w)
+    assert costs.memory_bytes(parse(product.as_text())) == pytest.approx(product.cost_analysis()["bytes accessed"], rel=0.1)
 
 
-MESH = {"a": 4, "b": 2}
-N = 8 * 1024  # numbers on each device
+N = 8 * 1024  # elements on each device
 
 
-def talking(function: Callable[..., Any], times: int = 1) -> dict[str, hlo.Traffic]:
+def traffic(function: Callable[..., Any], times: int = 1) -> dict[str, costs.Traffic]:
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    whole = jax.ShapeDtypeStruct((8 * N,), jnp.float32, sharding=NamedSharding(mesh, P(("a", "b"))))
+    x = jax.ShapeDtypeStruct((8 * N,), jnp.float32, sharding=NamedSharding(mesh, P(("a", "b"))))
     step = jax.shard_map(function, mesh=mesh, in_specs=P(("a", "b")), out_specs=P(("a", "b")), check_vma=False)
-    return hlo.collectives(program(looped(step, times) if times > 1 else step, whole))
+    return costs.collectives(program(nested_scans(step, times) if times > 1 else step, x))
 
 
-TALK = {
+COLLECTIVES = {
     "all-reduce": (lambda x: jax.lax.psum(x, "a"), 2 * 4 * N * 3 // 4),
     "all-gather": (lambda x: jnp.sin(jax.lax.all_gather(x, "a", tiled=True)).reshape(4, -1).sum(0), 4 * 4 * N * 3 // 4),
     "reduce-scatter": (lambda x: jnp.tile(jax.lax.psum_scatter(x, ("a", "b"), tiled=True), 8), 4 * N * 7 // 8),
@@ -122,28 +123,28 @@ TALK = {
 }
 
 
-@pytest.mark.parametrize("kind", TALK)
-def test_collectives_count_what_a_chip_receives_and_in_loops_each_time(kind: str) -> None:
-    function, received = TALK[kind]
-    assert talking(function) == {kind: hlo.Traffic(1, received)}
-    assert talking(function, 6) == {kind: hlo.Traffic(6, 6 * received)}
+@pytest.mark.parametrize("name", COLLECTIVES)
+def test_a_collective_counts_the_bytes_that_a_chip_receives_in_every_iteration(name: str) -> None:
+    function, received = COLLECTIVES[name]
+    assert traffic(function) == {name: costs.Traffic(1, received)}
+    assert traffic(function, 6) == {name: costs.Traffic(6, 6 * received)}
 
 
-def test_a_sharded_product_gathers_what_was_split() -> None:
-    mesh = parallel.mesh(fsdp=8)
-    placed = lambda shape, *spec: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*spec)))  # noqa: E731
-    found = program(
+def test_a_sharded_product_gathers_the_split_operand() -> None:
+    mesh = distributed.mesh(fsdp=8)
+    sharded = lambda shape, *spec: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*spec)))  # noqa: E731
+    product = program(
         lambda x, w: x @ jax.lax.with_sharding_constraint(w, NamedSharding(mesh, P())),
-        placed((16, 64), "fsdp"),
-        placed((64, 32), None, "fsdp"),
+        sharded((16, 64), "fsdp"),
+        sharded((64, 32), None, "fsdp"),
     )
-    assert hlo.collectives(found) == {"all-gather": hlo.Traffic(1, 64 * 32 * 4 * 7 // 8)}
-    assert hlo.matrix_flops(found) == 2 * 2 * 64 * 32
-    assert found.chips == 8
+    assert costs.collectives(product) == {"all-gather": costs.Traffic(1, 64 * 32 * 4 * 7 // 8)}
+    assert costs.matrix_flops(product) == 2 * 2 * 64 * 32
+    assert product.chips == 8
 
 
-# As TPUs' compiler writes it: a gathering that starts beside one fusion, goes on beside others and ends; on a core's memory S(1).
-PIECES = """\
+# Output in the style of libtpu: an all-gather in three pieces that runs beside other fusions; S(1) is the memory of the core.
+ASYNCHRONOUS = """\
 HloModule step, is_scheduled=true, input_output_alias={ {0}: (0, {}, may-alias), {2}: (3, {}, must-alias) }, num_partitions=8
 
 %start (p: bf16[1,4]) -> (bf16[1,4], bf16[8,4], u32[]) {
@@ -192,32 +193,36 @@ ENTRY %main (a: bf16[1,4], b: f32[16,16]) -> (bf16[8,4], f32[16,16]) {
 }
 """
 GROUPS = "replica_groups=mesh['x'=4,'y'=2] {'x','y'}, dimensions={0}"
-PIECES = (
-    PIECES.replace("GROUPS", GROUPS).replace("TARGET", "custom_call_target").replace("PIECE", "async_collective_fusion_config={}")
+ASYNCHRONOUS = (
+    ASYNCHRONOUS.replace("GROUPS", GROUPS)
+    .replace("TARGET", "custom_call_target")
+    .replace("PIECE", "async_collective_fusion_config={}")
 )
 
 
-def test_what_starts_here_and_ends_there_counts_once() -> None:
-    found = hlo.collectives(hlo.read(PIECES))
-    assert found == {"all-gather": hlo.Traffic(2, 64 * 7 // 8 + 8192 // 2), "all-reduce": hlo.Traffic(1, 2 * 1024 * 3 // 4)}
+def test_the_pieces_of_an_asynchronous_collective_count_once() -> None:
+    assert costs.collectives(parse(ASYNCHRONOUS)) == {
+        "all-gather": costs.Traffic(2, 64 * 7 // 8 + 8192 // 2),
+        "all-reduce": costs.Traffic(1, 2 * 1024 * 3 // 4),
+    }
 
 
-def test_products_in_higher_precision_take_more_passes() -> None:
-    program = hlo.read(PIECES)
-    assert (hlo.matrix_flops(program), hlo.matrix_flops(program, passes=True)) == (2 * 16**3, 6 * 2 * 16**3)
+def test_float32_products_in_higher_precision_take_more_passes() -> None:
+    program = parse(ASYNCHRONOUS)
+    assert (costs.matrix_flops(program), costs.matrix_flops(program, passes=True)) == (2 * 16**3, 6 * 2 * 16**3)
 
 
-def test_what_stays_on_the_core_moves_nothing() -> None:
-    """The gathering writes 64 bytes once, the product reads 1,024, reducing writes 1,024, gathering reads those and writes."""
-    assert hlo.memory_bytes(hlo.read(PIECES)) == 64 + 1024 + 1024 + 1024 + 8192
+def test_buffers_in_the_memory_of_the_core_cause_no_traffic() -> None:
+    """HBM traffic: gather writes 64 bytes, product reads 1,024, all-reduce writes 1,024, gather reads 1,024 and writes 8,192."""
+    assert costs.memory_bytes(parse(ASYNCHRONOUS)) == 64 + 1024 + 1024 + 1024 + 8192
 
 
-def test_arguments_whose_memory_is_used_again_are_told() -> None:
-    assert hlo.aliased(hlo.read(PIECES)) == {0, 3}
+def test_arguments_whose_buffers_hold_results_are_aliased() -> None:
+    assert aliased_arguments(parse(ASYNCHRONOUS)) == {0, 3}
 
 
 @pytest.mark.parametrize(
-    ("groups", "members"),
+    ("groups", "size"),
     [
         ("{{0,1},{2,3},{4,5},{6,7}}", 2),
         ("[2,4]<=[8]", 4),
@@ -230,10 +235,10 @@ def test_arguments_whose_memory_is_used_again_are_told() -> None:
         ("mesh['x'=8] {'x':(2)2}", 2),
     ],
 )
-def test_who_talks_with_whom_is_read_however_it_is_written(groups: str, members: int) -> None:
-    text = PIECES.replace("replica_groups={{0,1},{2,3},{4,5},{6,7}}", f"replica_groups={groups}")
-    found = hlo.collectives(hlo.read(text))["all-gather"]
-    assert found.bytes == 64 * 7 // 8 + 8192 * (members - 1) // members
+def test_every_notation_of_replica_groups_is_parsed(groups: str, size: int) -> None:
+    text = ASYNCHRONOUS.replace("replica_groups={{0,1},{2,3},{4,5},{6,7}}", f"replica_groups={groups}")
+    all_gather = costs.collectives(parse(text))["all-gather"]
+    assert all_gather.bytes == 64 * 7 // 8 + 8192 * (size - 1) // size
 
 
 SCATTER = """\
@@ -254,10 +259,10 @@ ENTRY %main (a: f32[256,128]) -> f32[32,128] {
 """
 
 
-def test_a_reduction_of_which_each_keeps_its_part_scatters() -> None:
-    program, size = hlo.read(SCATTER), 256 * 128 * 4
-    assert hlo.collectives(program) == {"reduce-scatter": hlo.Traffic(1, size * 7 // 8)}
-    assert hlo.memory_bytes(program) == size + size // 8
+def test_a_fused_all_reduce_and_slice_counts_as_reduce_scatter() -> None:
+    program, size = parse(SCATTER), 256 * 128 * 4
+    assert costs.collectives(program) == {"reduce-scatter": costs.Traffic(1, size * 7 // 8)}
+    assert costs.memory_bytes(program) == size + size // 8
 
 
 LOOP = """\
@@ -285,8 +290,8 @@ ENTRY %main (a: (s32[], f32[8])) -> (s32[], f32[8]) {
 """
 
 
-@pytest.mark.parametrize(("noted", "count"), [("", 12), (', backend_config={"known_trip_count":{"n":"5"}}', 5)])
-def test_a_loops_length_is_the_compilers_or_what_its_condition_compares_with(noted: str, count: int) -> None:
-    program = hlo.read(LOOP.replace("body=%body", f"body=%body{noted}"))
-    assert hlo.runs(program)[0] == {"main": 1, "body": count, "condition": count + 1}
-    assert hlo.memory_bytes(program) == count * 64 + (count + 1) * 9  # four bytes each of what is compared, and one
+@pytest.mark.parametrize(("attribute", "count"), [("", 12), (', backend_config={"known_trip_count":{"n":"5"}}', 5)])
+def test_a_trip_count_is_noted_by_the_compiler_or_the_limit_in_the_condition(attribute: str, count: int) -> None:
+    program = parse(LOOP.replace("body=%body", f"body=%body{attribute}"))
+    assert execution_counts(program)[0] == {"main": 1, "body": count, "condition": count + 1}
+    assert costs.memory_bytes(program) == count * 64 + (count + 1) * 9  # two operands of four bytes, a result of one

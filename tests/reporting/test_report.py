@@ -1,10 +1,10 @@
-"""Pages about runs: whole in themselves, true to the files, best in bold; and what an experiment's optional functions leave."""
+"""Reports are self-contained pages with a run's metrics and figures, including those of an experiment's optional functions."""
 
 import base64
-import importlib.util
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,31 +14,34 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from test_run import ROOT, strict
+from command_line import strict
 
 import research
-from research import record, report
-from research.loop import Entry
+from research.cli import run
+from research.cli.experiment import Experiment
+from research.cli.options import Options
+from research.reporting import record, report
+from research.training.loop import LogEntry
 
 pytestmark = pytest.mark.slow
 
 
-def written(directory: Path, config: dict[str, Any], metrics: dict[str, float], experiment: str = "toy") -> record.Run:
-    """A run as a finished one leaves it."""
+def write_run(directory: Path, config: dict[str, Any], metrics: dict[str, float], experiment: str = "toy") -> record.Run:
+    """Writes the files of a finished run."""
     run, _ = record.open_run(directory, experiment, config)
     directory.mkdir(parents=True)
-    record.begin(run, {})
+    record.start(run, {})
     for step in (1, 2, 3):
         for split in ("train", "val"):
             prefix = "" if split == "train" else "val_"
             names = [name for name in metrics if not name.startswith("val_") and prefix + name in metrics]
-            record.append(run, Entry(step, 0, split, {name: metrics[prefix + name] for name in names}))
-    record.summarise(run, {"status": "finished", "steps": 3, "metrics": metrics})
+            record.append_entry(run, LogEntry(step, 0, split, {name: metrics[prefix + name] for name in names}))
+    record.write_summary(run, {"status": "finished", "steps": 3, "metrics": metrics})
     return run
 
 
 class Page(HTMLParser):
-    """A page's tables, as rows of cells, and what it refers to."""
+    """Parses a page: its tables as rows of cells, bold text, links and sources, and tags."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -72,22 +75,22 @@ class Page(HTMLParser):
             self.bold.append(data)
 
 
-def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    script = str(ROOT / "scripts" / "report.py")
-    return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, cwd=cwd, check=False)
+def report_command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "research", "report", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, cwd=cwd, check=False)
 
 
-def test_runs_side_by_side_show_the_options_that_differ_and_the_best_in_bold(tmp_path: Path) -> None:
+def test_a_comparison_shows_the_options_that_differ_and_the_best_values_in_bold(tmp_path: Path) -> None:
     runs = [
-        written(
+        write_run(
             tmp_path / "toy" / "a", {"rate": 0.1, "size": 3}, {"loss": 0.5, "val_loss": 0.7, "val_accuracy": 0.8, "odd": 1.0}
         ),
-        written(
+        write_run(
             tmp_path / "toy" / "b", {"rate": 0.2, "size": 3}, {"loss": 0.5, "val_loss": 0.6, "val_accuracy": 0.7, "odd": 2.0}
         ),
-        written(tmp_path / "toy" / "c", {"rate": 0.2, "size": 3, "new": None}, {"loss": 0.9, "val_loss": float("nan")}),
+        write_run(tmp_path / "toy" / "c", {"rate": 0.2, "size": 3, "new": None}, {"loss": 0.9, "val_loss": float("nan")}),
     ]
-    page = Page(report.comparison(runs, tmp_path / "all.html"))
+    page = Page(report.write_comparison(runs, tmp_path / "all.html"))
     results, options, facts = page.tables
     assert results == [
         ["", "loss ↓", "odd", "val_loss ↓", "val_accuracy ↑"],
@@ -100,18 +103,18 @@ def test_runs_side_by_side_show_the_options_that_differ_and_the_best_in_bold(tmp
     assert [row[1] for row in facts] == ["status", *["finished"] * 3]
 
 
-def test_runs_of_the_same_name_get_labels_that_tell_them_apart(tmp_path: Path) -> None:
-    runs = [written(tmp_path / part, {}, {"loss": 1.0}, experiment) for part, experiment in (("x/1", "gan"), ("y/1", "vae"))]
-    report.page(runs[0])
-    page = Page(report.comparison(runs, tmp_path / "pages" / "all.html"))
+def test_runs_in_directories_of_the_same_name_get_distinct_labels(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / part, {}, {"loss": 1.0}, experiment) for part, experiment in (("x/1", "gan"), ("y/1", "vae"))]
+    report.write_report(runs[0])
+    page = Page(report.write_comparison(runs, tmp_path / "pages" / "all.html"))
     assert page.tables[1] == [["", "experiment"], ["x/1", "gan"], ["y/1", "vae"]]
-    assert "../x/1/report.html" in page.sources  # a link to the page of the one that has one
+    assert "../x/1/report.html" in page.sources  # the one that has a report
 
 
-def test_every_page_opens_offline_and_shows_text_as_text(tmp_path: Path) -> None:
-    run = written(tmp_path / "run", {"note": "<script>alert(1)</script> & more"}, {"loss": 0.5, "<b>": 1.0})
-    other = written(tmp_path / "<i>other", {"note": ""}, {"loss": 0.5})
-    for path in (report.page(run), report.comparison([run, other], tmp_path / "all.html")):
+def test_pages_need_no_other_files_and_escape_html(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", {"note": "<script>alert(1)</script> & more"}, {"loss": 0.5, "<b>": 1.0})
+    other = write_run(tmp_path / "<i>other", {"note": ""}, {"loss": 0.5})
+    for path in (report.write_report(run), report.write_comparison([run, other], tmp_path / "all.html")):
         page = Page(path)
         assert "script" not in page.tags
         assert any("<script>alert(1)</script> & more" in cell for table in page.tables for row in table for cell in row)
@@ -120,30 +123,30 @@ def test_every_page_opens_offline_and_shows_text_as_text(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("status", [None, "stopped", "failed"])
-def test_a_run_that_is_not_finished_has_a_page_that_tells_how_to_go_on(status: str | None, tmp_path: Path) -> None:
-    run = written(tmp_path / "run", {}, {"loss": 0.25, "val_loss": 0.5})
+def test_the_report_of_an_unfinished_run_shows_the_command_to_resume_it(status: str | None, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", {}, {"loss": 0.25, "val_loss": 0.5})
     if status is None:
         (run.directory / "summary.json").unlink()
     else:
-        record.summarise(run, {"status": status, "steps": 3, "metrics": {"loss": 0.25, "val_loss": 0.5}})
-    path = report.page(run)
+        record.write_summary(run, {"status": status, "steps": 3, "metrics": {"loss": 0.25, "val_loss": 0.5}})
+    path = report.write_report(run)
     assert Page(path).tables[0] == [["", "train", "val", "test"], ["loss", "0.25", "0.5", ""]]
     assert f"just resume {run.directory}" in path.read_text()
     assert (status or "not finished") in path.read_text()
 
 
-def test_a_page_shows_the_last_pictures_of_the_epochs_in_their_order(tmp_path: Path) -> None:
+def test_a_report_shows_the_figures_of_the_last_epochs_in_order(tmp_path: Path) -> None:
     from matplotlib.figure import Figure
 
-    run = written(tmp_path / "run", {}, {"loss": 0.5})
+    run = write_run(tmp_path / "run", {}, {"loss": 0.5})
     for epoch in range(1, 13):
-        record.draw(run, {"faces": Figure((1, 1)), "faces-2": Figure((2, 1))}, epoch=epoch)
-    record.draw(run, {"curves": Figure((1, 1)), "mistakes": Figure((1, 1))})
-    shown = dict(re.findall('img alt="(.*?)" src="data:image/png;base64,(.*?)"', report.page(run).read_text()))
-    wanted = {f"{name}, epoch {epoch}": f"{name}-{epoch:04d}" for name in ("faces", "faces-2") for epoch in range(5, 13)}
-    assert list(shown) == ["curves", "mistakes", *wanted]
-    for name, file in wanted.items():
-        assert base64.b64decode(shown[name]) == (run.directory / "plots" / "epochs" / f"{file}.png").read_bytes()
+        record.save_figures(run, {"faces": Figure((1, 1)), "faces-2": Figure((2, 1))}, epoch=epoch)
+    record.save_figures(run, {"curves": Figure((1, 1)), "mistakes": Figure((1, 1))})
+    images = dict(re.findall('img alt="(.*?)" src="data:image/png;base64,(.*?)"', report.write_report(run).read_text()))
+    expected = {f"{name}, epoch {epoch}": f"{name}-{epoch:04d}" for name in ("faces", "faces-2") for epoch in range(5, 13)}
+    assert list(images) == ["curves", "mistakes", *expected]
+    for name, file in expected.items():
+        assert base64.b64decode(images[name]) == (run.directory / "plots" / "epochs" / f"{file}.png").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -151,66 +154,66 @@ def test_a_page_shows_the_last_pictures_of_the_epochs_in_their_order(tmp_path: P
     [("loss", -1), ("val_mse", -1), ("test_accuracy", 1), ("top_k_categorical_accuracy", 1), ("binary_crossentropy", -1)]
     + [("auc", 1), ("episode_return", 1), ("fid", -1), ("bits_per_character", -1), ("gradient_norm", 0), ("learning_rate", 0)],
 )
-def test_which_way_is_better_is_told_by_the_name_or_not_at_all(name: str, direction: int) -> None:
-    assert report.better(name) == direction
+def test_the_direction_of_a_metric_follows_from_its_name_or_is_unknown(name: str, direction: int) -> None:
+    assert report.metric_direction(name) == direction
 
 
-def test_the_command_writes_one_page_or_one_for_all(tmp_path: Path) -> None:
-    written(tmp_path / "runs" / "toy" / "1", {"rate": 1}, {"loss": 0.5})
-    written(tmp_path / "runs" / "toy" / "2", {"rate": 2}, {"loss": 0.4})
+def test_the_command_writes_a_report_of_one_run_or_a_comparison_of_several(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs" / "toy" / "1", {"rate": 1}, {"loss": 0.5})
+    write_run(tmp_path / "runs" / "toy" / "2", {"rate": 2}, {"loss": 0.4})
     for arguments, path in (
         (["toy"], "runs/toy/2/report.html"),  # the latest
         (["runs/toy/1"], "runs/toy/1/report.html"),
         (["runs/toy/1", "runs/toy/2"], "runs/report.html"),
-        (["runs/toy/1", "toy", "--output", "here/all.html"], "here/all.html"),
+        (["runs/toy/1", "toy", "--output", "pages/all.html"], "pages/all.html"),
     ):
-        done = command(*arguments, cwd=tmp_path)
+        done = report_command(*arguments, cwd=tmp_path)
         assert (done.returncode, done.stdout, done.stderr) == (0, f"{path}\n", "")
         assert Page(tmp_path / path).tables
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         ([], 2, "error: just report RUN [RUN ...]"),
         (["--out", "x.html"], 2, "error: just report RUN [RUN ...]"),
         (["toy", "--output"], 2, "error: just report RUN [RUN ...]"),
         (["nothing"], 1, "error: no run 'nothing': expected a run directory"),
         (["toy", "nothing"], 1, "error: no run 'nothing': expected a run directory"),
-        (["broken", "toy"], 1, "error: broken: its files are damaged"),
+        (["broken", "toy"], 1, "error: broken/config.json: it is not JSON (Expecting "),
         (["toy", "runs/toy/1", "--output", "runs"], 1, "error: "),
         (["toy", "runs/toy/1", "--output", "/proc/none/all.html"], 1, "error: /proc/none: it can't be written"),
     ],
 )
-def test_bad_input_gets_one_line(arguments: list[str], code: int, said: str, tmp_path: Path) -> None:
-    written(tmp_path / "runs" / "toy" / "1", {}, {"loss": 0.5})
+def test_invalid_arguments_are_reported_in_one_line(arguments: list[str], code: int, message: str, tmp_path: Path) -> None:
+    write_run(tmp_path / "runs" / "toy" / "1", {}, {"loss": 0.5})
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text('{"experiment": "toy"')
-    done = command(*arguments, cwd=tmp_path)
+    done = report_command(*arguments, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (code, "")
     (line,) = done.stderr.splitlines()
-    assert line.startswith(said)
+    assert line.startswith(message)
     assert not (tmp_path / "runs" / "report.html").exists()
 
 
 @dataclass(frozen=True)
 class Config:
-    """Of the experiment below."""
+    """The config of the experiment below."""
 
     epochs: int = 3
     steps: int | None = None
 
 
-def experiment(seen: list[tuple[int, float]]) -> Any:
-    """An experiment with every optional function; `seen` gets what `each_epoch` sees."""
+def experiment(epoch_states: list[tuple[int, float]]) -> Any:
+    """Returns an experiment with every optional function. `each_epoch` appends (step, validation loss) to `epoch_states`."""
     x = np.random.default_rng(0).normal(size=(12, 2)).astype("float32")
 
-    def network() -> keras.Model:
+    def linear_model() -> keras.Model:
         return keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
 
     def build(config: Config) -> research.Learner:
         keras.utils.set_random_seed(0)
-        return research.supervised(network(), loss="mse", optimizer="sgd")
+        return research.supervised(linear_model(), loss="mse", optimizer="sgd")
 
     def figure(*_: Any) -> dict[str, Any]:
         from matplotlib.figure import Figure
@@ -218,95 +221,89 @@ def experiment(seen: list[tuple[int, float]]) -> Any:
         return {"line": Figure((1, 1))}
 
     def each_epoch(config: Config, learner: research.Learner, state: research.State, splits: Any) -> dict[str, Any]:
-        seen.append((int(state.optimizer[0]), research.evaluate(learner, splits["val"], state)["loss"]))
+        epoch_states.append((int(state.optimizer[0]), research.evaluate(learner, splits["val"], state)["loss"]))
         return figure()
 
     def summaries(config: Config, learner: Any, state: Any, splits: Any, writer: Any, step: int) -> None:
-        from research import tensorboard
+        from research.reporting import tensorboard
 
-        tensorboard.scalars(writer, step, {"at the end": 1.0})
+        tensorboard.write_scalars(writer, step, {"final": 1.0})
 
     def models(config: Config, state: research.State) -> dict[str, keras.Model]:
-        made = {"one": network(), "other": network()}
-        for model in made.values():
+        copies = {"first": linear_model(), "second": linear_model()}
+        for model in copies.values():
             research.write_back(state, model)
-        return made
+        return copies
 
-    held = research.arrays(x, x[:, :1], batch_size=4)
+    batches = research.from_arrays(x, x[:, :1], batch_size=4)
     return SimpleNamespace(
         Config=Config,
         build=build,
-        data=lambda config: {"train": held, "val": held},
+        data=lambda config: {"train": batches, "val": batches},
         models=models,
         pictures=figure,
         each_epoch=each_epoch,
-        results=lambda config, learner, state, splits: {"height": float(state.trainable[0].sum())},
+        results=lambda config, learner, state, splits: {"weight_sum": float(state.trainable[0].sum())},
         summaries=summaries,
     )
 
 
 @pytest.fixture
-def runner(monkeypatch: pytest.MonkeyPatch) -> Any:
-    spec = importlib.util.spec_from_file_location("runner", ROOT / "scripts" / "run.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setitem(sys.modules, "runner", module)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "compilation_cache", lambda: None)  # the process' own, which other tests count programs in
-    return module
+def run_toy(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Runs an experiment in this process: (module, config, options) -> exit code."""
+    monkeypatch.setattr(run, "enable_compilation_cache", lambda: None)  # other tests count the programs in the process' own
+    return lambda module, config, options: run.run_experiment(Experiment("toy", module, Path(__file__)), config, options)
 
 
 @pytest.mark.parametrize("steps", [None, 7])
-def test_what_an_experiment_adds_is_drawn_each_epoch_and_told_at_the_end(
-    steps: int | None, runner: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_outputs_of_an_experiments_optional_functions_are_written_and_reported(
+    steps: int | None, run_toy: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seen: list[tuple[int, float]] = []
+    epoch_states: list[tuple[int, float]] = []
     directory = tmp_path / "run"
-    code = runner.run("toy", experiment(seen), Config(steps=steps), runner.Options(run_dir=directory, checkpoint_every=2))
+    code = run_toy(experiment(epoch_states), Config(steps=steps), Options(run_dir=directory, checkpoint_every=2))
     assert code == 0
     lines = [strict(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     evaluated = [(line["step"], line["values"]["loss"]) for line in lines if line["split"] == "val"]
-    assert seen == evaluated  # the state of the epoch's end, as it is
-    assert [step for step, _ in seen] == ([3, 6, 9] if steps is None else [3, 6, 7])
+    assert epoch_states == evaluated  # `each_epoch` gets the state at the end of the epoch
+    assert [step for step, _ in epoch_states] == ([3, 6, 9] if steps is None else [3, 6, 7])
     assert sorted(path.name for path in (directory / "plots" / "epochs").iterdir()) == [f"line-000{i}.png" for i in (1, 2, 3)]
-    assert sorted(path.stem for path in (directory / "plots").glob("*.png")) == ["curves", "line", "one", "other"]
+    assert sorted(path.stem for path in (directory / "plots").glob("*.png")) == ["curves", "first", "line", "second"]
     summary = strict((directory / "summary.json").read_text())
-    (kernel, _) = keras.saving.load_model(directory / "one.keras").get_weights()
-    assert summary["metrics"]["height"] == pytest.approx(float(kernel.sum()))
-    assert all("height" not in line["values"] for line in lines)
-    told = capsys.readouterr().out.splitlines()
-    assert told[-2] == f"height {summary['metrics']['height']:.4g}"
+    (kernel, _) = keras.saving.load_model(directory / "first.keras").get_weights()
+    assert summary["metrics"]["weight_sum"] == pytest.approx(float(kernel.sum()))
+    assert all("weight_sum" not in line["values"] for line in lines)
+    lines_printed = capsys.readouterr().out.splitlines()
+    assert lines_printed[-2] == f"weight_sum {summary['metrics']['weight_sum']:.4g}"
     page = (directory / "report.html").read_text()
     names = re.findall('img alt="(.*?)"', page)
-    assert names == ["curves", "line", *(f"line, epoch {i}" for i in (1, 2, 3)), "one", "other"]
-    assert Page(directory / "report.html").tables[1] == [["height", f"{summary['metrics']['height']:.4g}"]]
-    from research import tensorboard
+    assert names == ["curves", "line", *(f"line, epoch {i}" for i in (1, 2, 3)), "first", "second"]
+    assert Page(directory / "report.html").tables[1] == [["weight_sum", f"{summary['metrics']['weight_sum']:.4g}"]]
+    from research.reporting import tensorboard
 
-    last = tensorboard.events(directory / "tensorboard" / "train")[-1]
-    assert (last.step, last.summary.value[0].tag) == (steps or 9, "at the end")
+    last = tensorboard.read_events(directory / "tensorboard" / "train")[-1]
+    assert (last.step, last.summary.value[0].tag) == (steps or 9, "final")
 
 
-def test_an_epochs_picture_is_on_the_disk_before_a_checkpoint_has_the_epoch_behind_it(
-    runner: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_epochs_figures_are_written_before_the_checkpoint_that_follows_the_epoch(
+    run_toy: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from research import checkpoint
+    from research.training import checkpoint
 
     order: list[tuple[str, int]] = []
-    draw, save = record.draw, checkpoint._save
+    save_figures, save = record.save_figures, checkpoint._save
 
-    def drawing(run: Any, pictures: Any, epoch: int | None = None) -> Any:
-        order.append(("draw", 3 * (epoch or 100)))
-        return draw(run, pictures, epoch)
+    def record_figures(run: Any, figures: Any, epoch: int | None = None) -> Any:
+        order.append(("figures", 3 * (epoch or 100)))
+        return save_figures(run, figures, epoch)
 
-    def saving(directory: Path, step: int, *rest: Any) -> Path:
-        order.append(("save", step))
+    def record_checkpoint(directory: Path, step: int, *rest: Any) -> Path:
+        order.append(("checkpoint", step))
         return save(directory, step, *rest)
 
-    monkeypatch.setattr(record, "draw", drawing)
-    monkeypatch.setattr(checkpoint, "_save", saving)
-    runner.run("toy", experiment([]), Config(), runner.Options(run_dir=tmp_path / "run", checkpoint_every=3))
-    # Checkpoints are written from a thread: what comes between a picture and its own checkpoint is of no matter.
-    assert sorted(order) == [("draw", 3), ("draw", 6), ("draw", 9), ("draw", 300), ("save", 3), ("save", 6), ("save", 9)]
-    assert all(order.index(("draw", step)) < order.index(("save", step)) for step in (3, 6, 9))
+    monkeypatch.setattr(record, "save_figures", record_figures)
+    monkeypatch.setattr(checkpoint, "_save", record_checkpoint)
+    run_toy(experiment([]), Config(), Options(run_dir=tmp_path / "run", checkpoint_every=3))
+    # A thread writes the checkpoints, so only the order of an epoch's figures and its own checkpoint is fixed.
+    assert sorted(order) == [*(("checkpoint", step) for step in (3, 6, 9)), *(("figures", step) for step in (3, 6, 9, 300))]
+    assert all(order.index(("figures", step)) < order.index(("checkpoint", step)) for step in (3, 6, 9))

@@ -1,4 +1,4 @@
-"""What TensorBoard shows is what the run was: each point once, however often it was stopped; and it is seen in a browser."""
+"""TensorBoard shows a run's logs and weights, each point once however often the run was stopped, and in a browser."""
 
 import json
 import os
@@ -19,15 +19,15 @@ import jax
 import keras
 import numpy as np
 import pytest
+from command_line import command, strict
+from graph_models import each_model_with_graph
 from keras import layers
-from test_picture import GRAPHS
-from test_run import ROOT, command, strict
 
 import research
-from research import projector, tensorboard
-from research.graph import graph
-from research.loop import Entry
-from research.state import State
+from research.core.state import State
+from research.reporting import embeddings, tensorboard
+from research.reporting.graph import model_graph
+from research.training.loop import LogEntry
 
 pytestmark = pytest.mark.slow
 
@@ -42,112 +42,112 @@ def learner() -> research.Learner:
 
 
 def data() -> research.Batches:
-    return research.arrays(X, X[:, :1], batch_size=8)
+    return research.from_arrays(X, X[:, :1], batch_size=8)
 
 
-def points(directory: Path) -> Counter[tuple[str, int, str, float]]:
-    """Every point of every curve: split, step, name, value."""
+def scalars_in(directory: Path) -> Counter[tuple[str, int, str, float]]:
+    """Counts the scalars of each (split, step, name, value)."""
     return Counter(
         (path.name, event.step, value.tag, value.simple_value)
         for path in directory.iterdir()
-        for event in tensorboard.events(path)
+        for event in tensorboard.read_events(path)
         for value in event.summary.value
         if value.HasField("simple_value")
     )
 
 
-def logged(entries: list[Entry]) -> Counter[tuple[str, int, str, float]]:
+def scalars_of(entries: list[LogEntry]) -> Counter[tuple[str, int, str, float]]:
     return Counter((e.split, e.step, name, float(np.float32(value))) for e in entries for name, value in e.values.items())
 
 
-def distributions(directory: Path) -> Counter[tuple[int, str]]:
-    """Every histogram: step and name."""
+def histograms_in(directory: Path) -> Counter[tuple[int, str]]:
+    """Counts the histograms of each (step, name)."""
     return Counter(
         (event.step, value.tag)
-        for event in tensorboard.events(directory)
+        for event in tensorboard.read_events(directory)
         for value in event.summary.value
         if value.HasField("histo")
     )
 
 
-@pytest.mark.parametrize("several", [False, True], ids=["one process", "several"])
-def test_the_curves_are_the_logs_and_the_histograms_the_weights_of_their_step(
-    several: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("several_processes", [False, True])
+def test_scalars_equal_the_logs_and_histograms_the_weights_of_their_step(
+    several_processes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained, entries, sums = learner(), [], {}
-    histograms, put = tensorboard.histograms, jax.device_put
-    if several:  # what is gathered from all of them has no room on one device
+    trained, entries, statistics = learner(), [], {}
+    write_histograms, device_put = tensorboard.write_histograms, jax.device_put
+    if several_processes:  # gathered weights are NumPy arrays, which may not fit on one device
 
-        def refusing(leaf: Any, *args: Any, **options: Any) -> Any:
+        def put_without_copies(leaf: Any, *args: Any, **options: Any) -> Any:
             assert options.get("may_alias") is None
-            return put(leaf, *args, **options)
+            return device_put(leaf, *args, **options)
 
-        monkeypatch.setattr(tensorboard, "whole", lambda tree: jax.tree.map(np.asarray, tree))
-        monkeypatch.setattr(jax, "device_put", refusing)
+        monkeypatch.setattr(tensorboard, "to_host", lambda tree: jax.tree.map(np.asarray, tree))
+        monkeypatch.setattr(jax, "device_put", put_without_copies)
 
-    def late(*args: Any) -> None:
-        time.sleep(0.1)  # long enough for training to have donated the state
-        histograms(*args)
+    def write_late(*args: Any) -> None:
+        time.sleep(0.1)  # by then training has donated the state
+        write_histograms(*args)
 
-    monkeypatch.setattr(tensorboard, "histograms", late)
+    monkeypatch.setattr(tensorboard, "write_histograms", write_late)
 
-    def look(step: int, state: State, logs: Any) -> None:
+    def record_statistics(step: int, state: State, logs: Any) -> None:
         for name, leaf in zip(trained.names.trainable, state.trainable, strict=True):
             leaf = np.asarray(leaf, np.float64)
-            sums[step, f"weights/{name}"] = (leaf.size, leaf.min(), leaf.max(), leaf.sum(), np.square(leaf).sum())
+            statistics[step, f"weights/{name}"] = (leaf.size, leaf.min(), leaf.max(), leaf.sum(), np.square(leaf).sum())
 
-    with tensorboard.recording(tmp_path, trained.names) as (point, weights, _):
+    with tensorboard.recorder(tmp_path, trained.names) as (log, histogram_hook, _):
         research.train(
             trained,
             data(),
             epochs=3,
             log_every=2,
             evaluations={"val": data()},
-            log=lambda entry: (entries.append(entry), point(entry))[1],
-            hooks=[(5, look), (5, weights)],
+            log=lambda entry: (entries.append(entry), log(entry))[1],
+            hooks=[(5, record_statistics), (5, histogram_hook)],
         )
-    assert points(tmp_path) == logged(entries)
-    assert distributions(tmp_path / "train") == Counter(dict.fromkeys(sums, 1))
-    for event in tensorboard.events(tmp_path / "train"):
+    assert scalars_in(tmp_path) == scalars_of(entries)
+    assert histograms_in(tmp_path / "train") == Counter(dict.fromkeys(statistics, 1))
+    for event in tensorboard.read_events(tmp_path / "train"):
         for value in event.summary.value:
             if value.HasField("histo"):
-                told = value.histo
-                wanted = sums[event.step, value.tag]
-                np.testing.assert_allclose([told.num, told.min, told.max, told.sum, told.sum_squares], wanted, rtol=1e-6)
-                assert sum(told.bucket) == told.num
-                assert len(told.bucket) == len(told.bucket_limit)
+                histogram = value.histo
+                actual = [histogram.num, histogram.min, histogram.max, histogram.sum, histogram.sum_squares]
+                np.testing.assert_allclose(actual, statistics[event.step, value.tag], rtol=1e-6)
+                assert sum(histogram.bucket) == histogram.num
+                assert len(histogram.bucket) == len(histogram.bucket_limit)
 
 
-@pytest.mark.parametrize("lost", [0, 1, 7, 500])
-def test_a_run_that_goes_on_shows_each_point_once_whatever_a_kill_cut_off(lost: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lost_bytes", [0, 1, 7, 500])
+def test_a_resumed_run_shows_each_point_once_whatever_a_kill_truncated(lost_bytes: int, tmp_path: Path) -> None:
     trained = learner()
     state = trained.init()
-    entries = [Entry(step, step // 5, split, {"loss": step / 3}) for step in range(1, 21) for split in ("train", "val")]
+    entries = [LogEntry(step, step // 5, split, {"loss": step / 3}) for step in range(1, 21) for split in ("train", "val")]
 
     def record(directory: Path, first: int, last: int) -> None:
-        known = [entry for entry in entries if entry.step < first]
-        with tensorboard.recording(directory, trained.names, known, first) as (point, weights, _):
+        earlier = [entry for entry in entries if entry.step < first]
+        with tensorboard.recorder(directory, trained.names, earlier, first) as (log, histogram_hook, _):
             for entry in entries:
                 if first <= entry.step <= last:
-                    point(entry)
+                    log(entry)
                     if entry.step % 5 == 0 and entry.split == "train":
-                        weights(entry.step, state, {})
+                        histogram_hook(entry.step, state, {})
 
-    record(tmp_path / "left alone", 0, 20)
+    record(tmp_path / "uninterrupted", 0, 20)
     record(tmp_path / "killed", 0, 17)
-    with tensorboard.writing(tmp_path / "killed" / "train") as writer:  # as at the end of a run
-        tensorboard.structure(writer, {"model": keras.Sequential([keras.Input((1,)), layers.Dense(1)])})
-    for path in (tmp_path / "killed").rglob(tensorboard.FILE):
+    with tensorboard.open_writer(tmp_path / "killed" / "train") as writer:  # as at the end of a run
+        tensorboard.write_graph(writer, {"model": keras.Sequential([keras.Input((1,)), layers.Dense(1)])})
+    for path in (tmp_path / "killed").rglob(tensorboard.EVENT_FILE):
         content = path.read_bytes()
-        path.write_bytes(content[: len(content) - lost])
-    times = {event.step: event.wall_time for event in tensorboard.events(tmp_path / "killed" / "val")}
+        path.write_bytes(content[: len(content) - lost_bytes])
+    times = {event.step: event.wall_time for event in tensorboard.read_events(tmp_path / "killed" / "val")}
     record(tmp_path / "killed", 15, 20)
-    assert points(tmp_path / "killed") == points(tmp_path / "left alone") == logged(entries)
-    whole, again = (distributions(tmp_path / name / "train") for name in ("left alone", "killed"))
-    assert again == whole if lost < 500 else not again - whole
-    assert not [event for event in tensorboard.events(tmp_path / "killed" / "train") if event.graph_def]
-    after = {event.step: event.wall_time for event in tensorboard.events(tmp_path / "killed" / "val")}
-    assert all(after[step] == at for step, at in times.items() if step < 15)  # a point keeps its time
+    assert scalars_in(tmp_path / "killed") == scalars_in(tmp_path / "uninterrupted") == scalars_of(entries)
+    expected, resumed = (histograms_in(tmp_path / name / "train") for name in ("uninterrupted", "killed"))
+    assert resumed == expected if lost_bytes < 500 else not resumed - expected
+    assert not [event for event in tensorboard.read_events(tmp_path / "killed" / "train") if event.graph_def]
+    after = {event.step: event.wall_time for event in tensorboard.read_events(tmp_path / "killed" / "val")}
+    assert all(after[step] == time for step, time in times.items() if step < 15)  # existing points keep their time
 
 
 @pytest.mark.parametrize(
@@ -162,51 +162,54 @@ def test_a_run_that_goes_on_shows_each_point_once_whatever_a_kill_cut_off(lost: 
         jax.numpy.ones((2, 3), "bfloat16"),
     ],
 )
-def test_every_finite_number_is_in_its_histogram(values: Any, tmp_path: Path) -> None:
-    with tensorboard.writing(tmp_path) as writer:
-        tensorboard.histograms(writer, 1, {"a": values, "nothing": np.array([np.nan])})
-    (event,) = tensorboard.events(tmp_path)
+def test_a_histogram_counts_every_finite_value(values: Any, tmp_path: Path) -> None:
+    with tensorboard.open_writer(tmp_path) as writer:
+        tensorboard.write_histograms(writer, 1, {"a": values, "not finite": np.array([np.nan])})
+    (event,) = tensorboard.read_events(tmp_path)
     (value,) = event.summary.value
     assert sum(value.histo.bucket) == value.histo.num == np.isfinite(np.asarray(values, np.float64)).sum()
 
 
-def test_the_weights_of_several_networks_keep_apart(tmp_path: Path) -> None:
-    one = learner()
-    names, state = {"a": one.names, "b": (one.names,)}, {"a": one.init(), "b": (one.init(),)}
-    found = tensorboard.weights(names, state)
-    assert set(found) == {f"weights/{of}/{name}" for of in ("a", "b/0") for name in one.names.trainable}
+def test_weights_of_several_models_have_different_names() -> None:
+    single = learner()
+    names, state = {"a": single.names, "b": (single.names,)}, {"a": single.init(), "b": (single.init(),)}
+    weights = tensorboard.named_weights(names, state)
+    assert set(weights) == {f"weights/{path}/{name}" for path in ("a", "b/0") for name in single.names.trainable}
 
 
-@pytest.mark.parametrize("build", GRAPHS, ids=lambda build: build.__name__)
-def test_the_graph_has_every_layer_and_every_edge(build: Callable[[], keras.Model]) -> None:
+@each_model_with_graph
+def test_the_graph_def_has_every_layer_and_every_edge(build: Callable[[], keras.Model]) -> None:
     model = build()
-    found, drawn = graph(model), tensorboard.graph_def({"model": model})
-    assert [(node.name, node.op) for node in drawn.node] == [(node.name, node.kind) for node in found.nodes]
-    assert {(giver, node.name) for node in drawn.node for giver in node.input} == set(found.edges)
-    both = tensorboard.graph_def({"one": model, "other": model})
-    names = {node.name for node in both.node}
-    assert len(names) == 2 * len(found.nodes)
-    assert {giver for node in both.node for giver in node.input} <= names
+    graph, graph_def = model_graph(model), tensorboard.graph_def({"model": model})
+    assert [(node.name, node.op) for node in graph_def.node] == [(node.name, node.class_name) for node in graph.nodes]
+    assert {(source, node.name) for node in graph_def.node for source in node.input} == set(graph.edges)
+    two_models = tensorboard.graph_def({"first": model, "second": model})
+    names = {node.name for node in two_models.node}
+    assert len(names) == 2 * len(graph.nodes)
+    assert {source for node in two_models.node for source in node.input} <= names
 
 
-def test_an_embedding_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
+def test_an_embedding_replaces_one_of_the_same_name(tmp_path: Path) -> None:
     for size in (3, 5):
-        projector.embedding(tmp_path, "a", np.eye(size), range(size), np.ones((size, 4, 6)))
-        projector.embedding(tmp_path, "b", np.eye(2), ["tab\there", "line\nbreak"])
+        embeddings.write_embedding(tmp_path, "a", np.eye(size), range(size), np.ones((size, 4, 6)))
+        embeddings.write_embedding(tmp_path, "b", np.eye(2), ["tab\there", "line\nbreak"])
     lines = (tmp_path / "projector_config.pbtxt").read_text().splitlines()
     assert sorted(re.findall('tensor_name: "(.)"', "".join(lines))) == ["a", "b"]
     assert (tmp_path / "b" / "labels.tsv").read_text() == "tab here\nline break\n"
     assert np.loadtxt(tmp_path / "a" / "vectors.tsv").shape == (5, 5)
-    with pytest.raises(research.Refused, match="expected"):
-        projector.embedding(tmp_path, "c", np.eye(3), ["one"])
-    with pytest.raises(research.Refused, match="too many"):
-        projector.embedding(tmp_path, "c", np.eye(5), range(5), np.ones((5, 4000, 1)))
+    with pytest.raises(research.InvalidArgument, match="expected"):
+        embeddings.write_embedding(tmp_path, "c", np.eye(3), ["one"])
+    with pytest.raises(research.InvalidArgument, match="too many"):
+        embeddings.write_embedding(tmp_path, "c", np.eye(5), range(5), np.ones((5, 4000, 1)))
 
 
-def test_what_writes_events_is_loaded_when_one_is_written() -> None:
-    modules = "research.tensorboard, research.projector, research.picture, research.report"
-    asked = f"import {modules}, sys; print(*(m for m in ('tensorboardX', 'tensorboard') if m in sys.modules))"
-    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+def test_importing_reporting_does_not_import_tensorboard() -> None:
+    modules = (
+        "research.reporting.tensorboard, research.reporting.embeddings, research.reporting.picture, research.reporting.report"
+    )
+    packages = ("tensorboardX", "tensorboard")
+    program = f"import {modules}, sys; print(*(m for m in {packages} if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "\n"
 
 
@@ -214,10 +217,10 @@ SETTINGS = ("digits", "--epochs", "40", "--checkpoint-every", "180", "--log-ever
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_run_shows_in_the_end_what_one_left_alone_does(number: signal.Signals, tmp_path: Path) -> None:
-    run, alone = tmp_path / "run", tmp_path / "alone"
+def test_a_stopped_and_resumed_run_shows_what_an_uninterrupted_one_does(number: signal.Signals, tmp_path: Path) -> None:
+    run, uninterrupted = tmp_path / "run", tmp_path / "uninterrupted"
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts" / "run.py"), *SETTINGS, "--run-dir", str(run)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "research", "run", *SETTINGS, "--run-dir", str(run)], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     for line in process.stdout:
@@ -225,19 +228,23 @@ def test_a_stopped_run_shows_in_the_end_what_one_left_alone_does(number: signal.
             break
     process.send_signal(number)
     process.communicate()
-    assert process.returncode in (75, -9)  # it was not done yet
-    for directory in (run, alone):
+    assert process.returncode in (75, -9)  # it was not finished
+    for directory in (run, uninterrupted):
         done = command(*SETTINGS, "--run-dir", str(directory), cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     lines = [strict(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert points(run / "tensorboard") == points(alone / "tensorboard") == logged([Entry(**line) for line in lines])
-    assert distributions(run / "tensorboard" / "train") == distributions(alone / "tensorboard" / "train")
-    assert {step for step, _ in distributions(run / "tensorboard" / "train")} == set(range(180, 1801, 180))
+    assert (
+        scalars_in(run / "tensorboard")
+        == scalars_in(uninterrupted / "tensorboard")
+        == scalars_of([LogEntry(**line) for line in lines])
+    )
+    assert histograms_in(run / "tensorboard" / "train") == histograms_in(uninterrupted / "tensorboard" / "train")
+    assert {step for step, _ in histograms_in(run / "tensorboard" / "train")} == set(range(180, 1801, 180))
 
 
 @contextmanager
-def served(logdir: Path) -> Iterator[str]:
-    """TensorBoard on a port of its own; gives its address."""
+def serve_tensorboard(logdir: Path) -> Iterator[str]:
+    """Runs TensorBoard on a free port; yields its address."""
     arguments = ["--logdir", str(logdir), "--host", "127.0.0.1", "--port", "0", "--load_fast", "false"]
     process = subprocess.Popen(
         [sys.executable, "-m", "tensorboard.main", *arguments],
@@ -248,65 +255,122 @@ def served(logdir: Path) -> Iterator[str]:
     )
     assert process.stdout is not None
     try:
-        said = ""
+        output = ""
         for line in process.stdout:
-            said += line
-            if found := re.search(r"http://127\.0\.0\.1:\d+/", line):
-                yield found[0]
+            output += line
+            if match := re.search(r"http://127\.0\.0\.1:\d+/", line):
+                yield match[0]
                 break
         else:
-            raise AssertionError(said)
+            raise AssertionError(output)
     finally:
         process.terminate()
         process.wait()
         process.stdout.close()
 
 
-def test_a_run_is_shown_whole_in_the_browser(tmp_path: Path) -> None:
+def test_the_browser_shows_scalars_images_histograms_graph_and_embeddings_of_a_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = command("digits", "--epochs", "4", "--run-dir", str(run), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    with served(run / "tensorboard") as address:
+    with serve_tensorboard(run / "tensorboard") as address:
 
-        def asked(path: str) -> Any:
-            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(address + path) as answer:
-                return answer.read()
+        def request(path: str) -> Any:
+            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(address + path) as response:
+                return response.read()
 
-        def shown(plugin: str) -> dict[str, set[str]]:
-            return {split: set(tags) for split, tags in json.loads(asked(f"data/plugin/{plugin}/tags")).items()}
+        def tags_of(plugin: str) -> dict[str, set[str]]:
+            return {split: set(tags) for split, tags in json.loads(request(f"data/plugin/{plugin}/tags")).items()}
 
-        until = time.monotonic() + 120  # it reads the files in a thread
-        while not shown("images").get("train") and time.monotonic() < until:
+        deadline = time.monotonic() + 120  # TensorBoard reads the files in a thread
+        while not tags_of("images").get("train") and time.monotonic() < deadline:
             time.sleep(0.2)
-        assert shown("scalars") == {split: {"loss", "accuracy"} for split in ("train", "val", "test")}
-        assert shown("images") == {"train": {"pictures/curves", "pictures/mistakes", "pictures/model"}}
-        named = [f"sequential/{layer}/{part}" for layer in ("dense", "dense_1") for part in ("kernel", "bias")]
+        assert tags_of("scalars") == {split: {"loss", "accuracy"} for split in ("train", "val", "test")}
+        assert tags_of("images") == {"train": {"pictures/curves", "pictures/mistakes", "pictures/model"}}
+        weights = [f"sequential/{layer}/{part}" for layer in ("dense", "dense_1") for part in ("kernel", "bias")]
         outputs = ["rescaling", "flatten", "dense", "dropout", "dense_1"]
-        assert shown("histograms")["train"] == {
-            *(f"{what}/{name}" for what in ("weights", "gradients") for name in named),
+        assert tags_of("histograms")["train"] == {
+            *(f"{group}/{name}" for group in ("weights", "gradients") for name in weights),
             *(f"activations/{name}" for name in outputs),
         }
-        steps = [point[1] for point in json.loads(asked("data/plugin/histograms/histograms?run=train&tag=weights/" + named[0]))]
+        steps = [
+            point[1] for point in json.loads(request("data/plugin/histograms/histograms?run=train&tag=weights/" + weights[0]))
+        ]
         assert steps == [45, 90, 135, 180]
-        drawn = asked("data/plugin/graphs/graph?run=train").decode()
-        assert re.findall(r'name: "(\w+)"', drawn) == ["input_layer", *outputs]
-        (features,) = json.loads(asked("data/plugin/projector/info?run=train"))["embeddings"]
+        graph = request("data/plugin/graphs/graph?run=train").decode()
+        assert re.findall(r'name: "(\w+)"', graph) == ["input_layer", *outputs]
+        (features,) = json.loads(request("data/plugin/projector/info?run=train"))["embeddings"]
         assert (features["tensorName"], features["tensorShape"]) == ("features", [180, 512])
-        assert asked("data/plugin/projector/sprite_image?run=train&name=features").startswith(b"\x89PNG")
+        assert request("data/plugin/projector/sprite_image?run=train&name=features").startswith(b"\x89PNG")
         if (browser := shutil.which("chromium")) is None:
-            pytest.skip("no Chromium to look with")
-        picture = tmp_path / "seen.png"
+            pytest.skip("Chromium is not installed")
+        screenshot = tmp_path / "screenshot.png"
         flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
         flags += " disable-component-update disable-sync no-proxy-server virtual-time-budget=30000 window-size=1400,1000"
         subprocess.run(
             [browser, *(f"--{flag}" for flag in flags.split()), f"--user-data-dir={tmp_path / 'browser'}"]
-            + [f"--screenshot={picture}", f"{address}#scalars"],
+            + [f"--screenshot={screenshot}", f"{address}#scalars"],
             capture_output=True,
             check=True,
             timeout=300,
         )
     from matplotlib.image import imread
 
-    pixels = imread(picture)[:, 350:, :3]  # right of the list of runs
+    pixels = imread(screenshot)[:, 350:, :3]  # right of the list of runs
     for colour in ((255, 112, 67), (0, 119, 187)):  # TensorBoard's first two: the curves of train and val
         assert (np.abs(pixels - np.array(colour) / 255).max(-1) < 0.02).sum() > 200
+
+
+def _frames(path: Path) -> list[bytes]:
+    """Returns the records of an event file."""
+    data, frames, start = path.read_bytes(), [], 0
+    while start < len(data):
+        size = 16 + int.from_bytes(data[start : start + 8], "little")
+        frames.append(data[start : start + size])
+        start += size
+    return frames
+
+
+EVENTS: dict[str, tuple[Callable[[list[bytes]], bytes], list[int], bool]] = {
+    "a killed process": (lambda frames: b"".join(frames)[:-7], [1, 2, 3], False),
+    "half a header": (lambda frames: b"".join(frames)[: -len(frames[-1]) + 6], [1, 2, 3], False),
+    "a flipped bit": (lambda frames: b"".join([*frames[:2], frames[2][:-5] + b"!" + frames[2][-4:], *frames[3:]]), [1], True),
+    "a flipped length": (lambda frames: b"".join([*frames[:2], b"!" + frames[2][1:], *frames[3:]]), [1], True),
+    "zeros at the end": (lambda frames: b"".join(frames) + bytes(100), [1, 2, 3, 4], True),
+    "zeros": (lambda frames: bytes(500), [], True),
+    "text": (lambda frames: b"not an event at all", [], True),
+    "no event": (lambda frames: b"".join([*frames[:3], tensorboard._frame(b"\xff\xff"), *frames[3:]]), [1, 2], True),
+    "nothing": (lambda frames: b"", [], False),
+}
+
+
+@pytest.mark.parametrize(("damage", "left", "reported"), EVENTS.values(), ids=list(EVENTS))
+def test_events_are_used_up_to_the_first_damaged_one_which_is_reported(
+    damage: Callable[[list[bytes]], bytes], left: list[int], reported: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "train" / tensorboard.EVENT_FILE
+    with tensorboard.open_writer(path.parent) as writer:
+        for step in (1, 2, 3, 4):
+            tensorboard.write_scalars(writer, step, {"loss": 0.5})
+    path.write_bytes(damage(_frames(path)))
+    size, lines = path.stat().st_size, list[str]()
+    entries = [LogEntry(step, 0, "train", {"loss": 0.5}) for step in (1, 2, 3, 4)]
+    with tensorboard.recorder(tmp_path, (), entries, 5, lines.append):
+        pass
+    assert len(lines) == reported
+    for line in lines:
+        assert re.fullmatch(
+            rf"{re.escape(str(path))}: its events are damaged from byte \d+ of {size} on; they are left out", line
+        )
+    assert [event.step for event in tensorboard.read_events(path.parent)][: len(left)] == left
+    assert sorted(event.step for event in tensorboard.read_events(path.parent)) == [1, 2, 3, 4]  # those lost come from the logs
+
+
+def test_a_directory_in_the_place_of_the_events_is_kept_under_another_name(tmp_path: Path) -> None:
+    (tmp_path / "train" / tensorboard.EVENT_FILE).mkdir(parents=True)
+    lines: list[str] = []
+    with tensorboard.recorder(tmp_path, (), [LogEntry(1, 0, "train", {"loss": 0.5})], 2, lines.append):
+        pass
+    path = tmp_path / "train" / tensorboard.EVENT_FILE
+    assert lines == [f"{path}: expected a file; what is there is kept as {path.name}.damaged"]
+    assert [event.step for event in tensorboard.read_events(tmp_path / "train")] == [1]
