@@ -80,6 +80,12 @@ hub: _hub
 scaling *args: _core
     @exec "{{ bin }}/python" "{{ root }}/scripts/scaling.py" "$@"
 
+# Kills runs, cuts their power and more, resumes them and compares the results: `just torture --trials 3`.
+[no-cd]
+[no-exit-message]
+torture *args: _core
+    @exec "{{ bin }}/python" "{{ root }}/scripts/torture.py" "$@"
+
 # Everything that CI checks: format, lint, types, imports, tests and doctests, then what needs TensorFlow and PyTorch.
 [no-exit-message]
 test *args: _dev _peers _libtpu _hub

@@ -18,7 +18,7 @@ OnBadStep = Literal["stop", "skip", "rollback"]
 COUNT = Interval("[1, 2147483647]")
 
 # Options of one start. config.json does not record them, and `resume` does not repeat them.
-OF_ONE_START = ("run_dir", "profile", "coordinator", "processes", "process", "join_timeout")
+OF_ONE_START = ("run_dir", "allow_changed", "profile", "coordinator", "processes", "process", "join_timeout")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Options:
     """Of these, take the weights whose names this regular expression matches."""
     everything: bool = False
     """Take the optimizer's state and all else too, not only weights; from a run or a checkpoint."""
+    allow_changed: bool = False
+    """Go on with a run although its code, its config or versions of packages changed since its checkpoints were written."""
     log_every: Annotated[int, COUNT] = 50
     """Steps between two logs within an epoch."""
     checkpoint_every: Annotated[int, Interval("[0, 2147483647]")] = 1000

@@ -27,6 +27,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("run", help="a run directory, or an experiment's name for its latest run")
     parser.add_argument("--mesh", help="other devices than before, as in `just run`; one: a single device")
     parser.add_argument("--layout", choices=("data", "fsdp", "tensor"), help="how weights are sharded on them")
+    parser.add_argument("--allow-changed", action="store_true", help="go on although the code or config.json changed")
     parser.add_argument("--coordinator", help="as in `just run`, for one of several processes")
     parser.add_argument("--processes", type=int, help="number of processes")
     parser.add_argument("--process", type=int, help="index of this process, from 0")
@@ -46,7 +47,7 @@ def main(arguments: list[str]) -> int:
 
 def _options(run: RecordedRun, parsed: argparse.Namespace) -> Options:
     """Returns the recorded options with those of the command line. Raises `UsageError` if the latter can't be."""
-    changes = {name: getattr(parsed, name) for name in ("coordinator", "processes", "process", "join_timeout")}
+    changes = {name: getattr(parsed, name) for name in ("allow_changed", "coordinator", "processes", "process", "join_timeout")}
     if parsed.mesh is not None:
         changes |= {"mesh": None if parsed.mesh == "one" else parsed.mesh, "layout": parsed.layout}
     elif parsed.layout is not None:

@@ -18,6 +18,7 @@ import jax
 
 from research.cli import contract
 from research.cli.arguments import UsageError, fail, parse, print_error
+from research.cli.changes import changed_config, check_unchanged, record_code
 from research.cli.errors import errors_as_one_line
 from research.cli.experiment import Experiment, UnknownExperiment, list_experiments, load_experiment
 from research.cli.options import Options
@@ -100,10 +101,12 @@ def run_experiment(experiment: Experiment, config: Any, options: Options) -> int
             processes.check_same({**dataclasses.asdict(config), **facts})
         directory = stack.enter_context(_run_directory(experiment, options))
         stack.enter_context(errors_as_one_line(directory))
-        if processes.broadcast_from_first(lambda: _is_finished(directory, experiment, config)):
+        if processes.broadcast_from_first(lambda: _is_finished(directory, experiment, config, options.allow_changed)):
             print(f"{directory}: this run is finished; open {directory / 'report.html'}")
             return 0
         check_source(directory, options)
+        for line in processes.broadcast_from_first(lambda: _changes(directory, experiment, config, options.allow_changed)):
+            print_error(line)
         placed = prepare(experiment, config, options)
         return run_session(stack.enter_context(open_session(directory, experiment, config, options, placed)))
 
@@ -125,12 +128,18 @@ def _run_directory(experiment: Experiment, options: Options) -> Iterator[Path]:
                     path.rmdir()
 
 
-def _is_finished(directory: Path, experiment: Experiment, config: Any) -> bool:
+def _is_finished(directory: Path, experiment: Experiment, config: Any, allow_changed: bool) -> bool:
     """Returns whether a run is finished, and if so, writes its report if that is missing."""
-    run, summary = record.open_run(directory, experiment.name, dataclasses.asdict(config), print_error)
-    if summary is not None:
-        complete_report(run)
-    return summary is not None
+    run, summary = record.open_run(directory, experiment.name, dataclasses.asdict(config), print_error, allow_changed)
+    if summary is None or (allow_changed and changed_config(run) is not None):
+        return False
+    complete_report(run)
+    return True
+
+
+def _changes(directory: Path, experiment: Experiment, config: Any, allow_changed: bool) -> list[str]:
+    run, _ = record.open_run(directory, experiment.name, dataclasses.asdict(config), allow_changed=allow_changed)
+    return check_unchanged(run, experiment, allow_changed)
 
 
 def prepare(experiment: Experiment, config: Any, options: Options) -> Placed:
@@ -151,21 +160,33 @@ def prepare(experiment: Experiment, config: Any, options: Options) -> Placed:
 def open_session(directory: Path, experiment: Experiment, config: Any, options: Options, placed: Placed) -> Iterator[Session]:
     """Opens and locks a run's directory, and restores its latest checkpoint, if there is one."""
     with processes.process_directory(directory) as own_directory:
-        run, _ = record.open_run(own_directory, experiment.name, dataclasses.asdict(config))
+        values, changed = dataclasses.asdict(config), options.allow_changed
+        run, _ = record.open_run(own_directory, experiment.name, values, allow_changed=changed)
         with record.lock(run):
-            run, _ = record.open_run(own_directory, experiment.name, dataclasses.asdict(config))  # another may have had the lock
+            run, _ = record.open_run(
+                own_directory, experiment.name, values, allow_changed=changed
+            )  # another may have had the lock
             run = run._replace(shared_directory=directory)
-            saved = checkpoint.restore_latest(
-                run.checkpoints, placed.state, placed.learner.names, print_error, checkpoint_origin(run)
-            )
+            saved = _restore(run, placed, changed)
             state, warm = (placed.state, None) if saved else first_state(run, experiment, config, options, placed)
             start = saved or checkpoint.Checkpoint(0, state, {})
             if saved or (warm is None and options.from_ is not None):
                 options = recorded_source(run, options)
             _start_record(run, options, start.step, recorded_file(experiment), placed.splits["train"].steps_per_epoch)
+            record_code(run, experiment)
             if warm is not None:
                 record_start(run, warm, state, placed.learner.names)
             yield Session(run, experiment, config, options, placed, start)
+
+
+def _restore(run: record.Run, placed: Placed, allow_changed: bool) -> checkpoint.Checkpoint | None:
+    """Returns the latest checkpoint of a run, if there is one. One of another config, if that is allowed, becomes one of this."""
+    origin, names = checkpoint_origin(run), placed.learner.names
+    accepted = origin._replace(config=None) if allow_changed else origin
+    saved = checkpoint.restore_latest(run.checkpoints, placed.state, names, print_error, accepted)
+    if saved is not None and allow_changed:
+        checkpoint.save(run.checkpoints, saved.step, saved.state, names, saved.logs, origin=origin)
+    return saved
 
 
 def _start_record(run: record.Run, options: Options, step: int, file: str | None, steps_per_epoch: int) -> None:

@@ -26,7 +26,7 @@ def versions() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        **{name: _version(name) for name in PACKAGES},
+        **package_versions(),
         "devices": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)},
         "cpus": os.cpu_count(),
         "flags": {name: os.environ[name] for name in flags if name in os.environ},
@@ -48,8 +48,16 @@ def code_identity(paths: Iterable[Path] = ()) -> dict[str, Any]:
     root = Path(__file__).parents[2]
     files = [*sorted((root / "research").rglob("*.py")), *sorted((root / "experiments").rglob("*.py")), *paths]
     source = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
-    packages = {name: _version(name) for name in PACKAGES}
-    return {"revision": git("rev-parse", "HEAD").strip() or None, "source": source, **packages}
+    return {"revision": git("rev-parse", "HEAD").strip() or None, "source": source, **package_versions()}
+
+
+def package_versions() -> dict[str, str | None]:
+    """Returns the versions of the packages that compute numbers, by name; None for one that is not installed.
+
+    >>> package_versions()["keras"] == metadata.version("keras")
+    True
+    """
+    return {name: _version(name) for name in PACKAGES}
 
 
 def _version(package: str) -> str | None:

@@ -51,12 +51,13 @@ class Run(NamedTuple):
 
 
 def open_run(
-    directory: Path, experiment: str, config: Mapping[str, Any], report: Report = ignore
+    directory: Path, experiment: str, config: Mapping[str, Any], report: Report = ignore, allow_changed: bool = False
 ) -> tuple[Run, dict[str, Any] | None]:
     """Checks that a directory is free for a run, or holds one of the same experiment and config. Writes nothing.
 
     Returns the run, and its summary if it is finished. `report` is called with a line about a damaged summary. Raises
-    `InvalidArgument` if the directory holds a run of another experiment or config, or other files, or can't be written to.
+    `InvalidArgument` if the directory holds a run of another experiment or config, or other files, or can't be written to. With
+    `allow_changed`, a run of another config is one that is not finished, and `report` is called with what changed.
 
     >>> import tempfile
     >>> run, summary = open_run(Path(tempfile.mkdtemp()) / "new", "digits", {"epochs": 3})
@@ -78,11 +79,15 @@ def open_run(
         for name in sorted({**recorded.config, **run.config})
         if recorded.config.get(name) != run.config.get(name)
     ]
-    if changes:
-        raise InvalidArgument(
-            f"--run-dir {directory}: its run had another config ({', '.join(changes)}); give the same options or a new directory."
-        )
     run = run._replace(id=recorded.id or run.id)
+    if changes:
+        difference = f"its run had another config ({', '.join(changes)})"
+        if not allow_changed:
+            raise InvalidArgument(
+                f"--run-dir {directory}: {difference}; give the same options, a new directory, or --allow-changed to go on."
+            )
+        report(f"{directory}: {difference}; it goes on with the new one")
+        return run, None
     summary = run_files.read_summary(directory, report)
     return run, summary if summary is not None and summary["status"] == "finished" else None
 

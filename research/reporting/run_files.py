@@ -1,7 +1,7 @@
 """The files of a run directory as values: one reader for each, for files that may be damaged or a stranger's.
 
 What is needed raises `InvalidArgument`: `read_config`. What can be done without is reported in one line, and the rest is used:
-`read_summary`, `read_versions`, `read_metrics`, `read_png`. `tidy` clears the way for new files.
+`read_summary`, `read_versions`, `read_code`, `read_metrics`, `read_png`. `tidy` clears the way for new files.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from research.core.state import InvalidArgument
 from research.training.loop import LogEntry
 
-FILES = ("versions.json", "source.diff", "metrics.jsonl", "summary.json", "report.html")
+FILES = ("versions.json", "code.json", "source.diff", "metrics.jsonl", "summary.json", "report.html")
 DIRECTORIES = ("plots", "tensorboard")
 MAX_DEPTH = 50  # of nested lists and objects
 MAX_STEP = 2**53  # the integers up to here are floats, too
@@ -99,6 +99,22 @@ def read_versions(directory: Path, report: Report) -> dict[str, Any]:
         return _read_object(path)
     except Damage as damage:
         report(f"{path}: {damage}; it is left out")
+        return {}
+
+
+def read_code(directory: Path, report: Report) -> dict[str, Any]:
+    """Returns the contents of `code.json`; an empty dict if it is missing. Reports damage.
+
+    >>> read_code(Path("no/run"), print)
+    {}
+    """
+    path = directory / "code.json"
+    try:
+        return _read_object(path)
+    except Missing:
+        return {}
+    except Damage as damage:
+        report(f"{path}: {damage}; whether the code changed is not checked")
         return {}
 
 

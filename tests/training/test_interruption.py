@@ -68,8 +68,9 @@ def test_two_processes_can_not_run_in_one_directory(run_arguments: list[str], tm
 
 
 def test_runs_killed_and_resumed_at_random_moments_end_bitwise_equal() -> None:
+    faults = "kill,kill-save,term-checkpoint,power-cut"
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "torture.py"), *f"--kills 2 --terms 2 --seed {time.time():.0f}".split()]
+        [sys.executable, str(ROOT / "scripts" / "torture.py"), "--faults", faults, "--seed", f"{time.time():.0f}"]
         + ["--", "digits", "--epochs", "20", "--checkpoint-every", "50", "--log-every", "7"],
         capture_output=True,
         text=True,
