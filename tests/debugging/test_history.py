@@ -7,7 +7,7 @@ import jax
 import keras
 import numpy as np
 import pytest
-from command_line import command, strict
+from command_line import ROOT, command, strict
 from command_line import research as research_command
 from keras import layers
 
@@ -108,11 +108,14 @@ def test_a_spike_is_found_in_fused_steps_and_across_an_interruption() -> None:
 
 EXPERIMENT = '''"""Digits, one batch of which is bad."""
 
+import sys
 from dataclasses import dataclass
 
 import jax
 import numpy as np
 import research
+
+sys.path.append(CHECKOUT)
 from experiments import digits
 from experiments.digits import build
 
@@ -134,7 +137,7 @@ def data(config):
 
     weight = jax.ShapeDtypeStruct(train.shapes.y.shape, np.float32)
     return {"train": train._replace(batch=batch, shapes=train.shapes._replace(sample_weight=weight), resident=None, part=None)}
-'''
+'''.replace("CHECKOUT", repr(str(ROOT)))
 
 
 def run(tmp_path: Path, *options: str) -> Any:
