@@ -1,4 +1,8 @@
-"""A pytest plugin for Keras' own tests: with PATCH_KERAS set, functions of `research` replace the methods of `keras.Model`."""
+"""A pytest plugin for Keras' own tests.
+
+With PATCH_KERAS set, functions of `research` replace the methods of `keras.Model`. With RECORD_CALLS=FOLDER, the tests that call
+one of the methods are written to files there. With SELECTED_TESTS=FILE, only the tests that the file names are run.
+"""
 
 import functools
 import os
@@ -6,6 +10,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import research  # before keras: it selects the backend
@@ -43,6 +48,38 @@ def patched(
     return method
 
 
+def recorded(original: Callable[..., Any], file: Path) -> Callable[..., Any]:
+    """Returns Keras' method, made to write the name of the running test to a file."""
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        test, _, _ = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")
+        with file.open("a") as stream:
+            stream.write(junit_name(test) + "\n")
+        return original(self, *args, **kwargs)
+
+    return method
+
+
+def junit_name(node: str) -> str:
+    """Returns the name of a test in a JUnit file, CLASS::TEST, from its pytest node id.
+
+    >>> junit_name("layers/core/dense_test.py::DenseTest::test_dense[a::b]")
+    'layers.core.dense_test.DenseTest::test_dense[a::b]'
+    """
+    names, bracket, parameters = node.partition("[")
+    path, *inner, test = names.split("::")
+    return ".".join([path.removesuffix(".py").replace("/", "."), *inner]) + f"::{test}{bracket}{parameters}"
+
+
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    """Deselects the tests that are not named in SELECTED_TESTS."""
+    if path := os.environ.get("SELECTED_TESTS"):
+        selected = set(Path(path).read_text().splitlines())
+        config.hook.pytest_deselected(items=[item for item in items if junit_name(item.nodeid) not in selected])
+        items[:] = [item for item in items if junit_name(item.nodeid) in selected]
+
+
 def pytest_configure(config: Any) -> None:
     """Adds what Keras' tests expect of the `conftest.py` that the wheel lacks, and patches the methods."""
     for name in ("requires_trainable_backend", "multi_device"):
@@ -50,8 +87,12 @@ def pytest_configure(config: Any) -> None:
     conftest: Any = types.ModuleType("conftest")
     conftest.skip_if_backend = lambda backend, reason: pytest.mark.skipif(keras.config.backend() == backend, reason=reason)
     sys.modules.setdefault("conftest", conftest)
+    trainer = next(cls for cls in keras.Model.__mro__ if "fit" in vars(cls))  # subclasses in the tests inherit from it too
+    if folder := os.environ.get("RECORD_CALLS"):
+        file = Path(folder) / f"calls-{os.getpid()}.txt"
+        for name in METHODS:
+            setattr(trainer, name, recorded(getattr(trainer, name), file))
     if os.environ.get("PATCH_KERAS"):
-        trainer = next(cls for cls in keras.Model.__mro__ if "fit" in vars(cls))  # subclasses in the tests inherit from it too
         running = threading.local()
         for name, function in METHODS.items():
             setattr(trainer, name, patched(name, getattr(trainer, name), function, running))
