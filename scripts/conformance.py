@@ -25,6 +25,7 @@ OTHERS = HERE / "others.txt"
 TRAINER_FILES = ("trainers/trainer_test.py", "backend/jax/trainer_test.py", "callbacks/")
 # `run_layer_test` of Keras' tests fits a model of the layer.
 TRAINS = re.compile(r"\.(fit|evaluate|predict|(train|test|predict)_on_batch)\(|run_layer_test\(")
+DOWNLOADS = ("applications/applications_test.py",)  # predicts with downloaded weights alone; without them it still takes 18 GB
 # Parametrized by objects, with their addresses in the names: the workers of xdist would not agree on them.
 WITHOUT_WORKERS = ("wrappers/sklearn_test.py",)
 FILES_AT_ONCE = 20  # a worker keeps the programs of all its tests in memory
@@ -102,7 +103,7 @@ def trainer_files() -> list[str]:
 def other_files() -> list[str]:
     """Returns the other files in which a model is trained, evaluated or predicts."""
     paths = (path for path in source().rglob("*_test.py") if TRAINS.search(path.read_text()))
-    return sorted({str(path.relative_to(source())) for path in paths} - set(trainer_files()))
+    return sorted({str(path.relative_to(source())) for path in paths} - {*trainer_files(), *DOWNLOADS})
 
 
 def files_of(names: Iterable[str]) -> list[str]:
