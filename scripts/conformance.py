@@ -28,6 +28,7 @@ TRAINS = re.compile(r"\.(fit|evaluate|predict|(train|test|predict)_on_batch)\(|r
 DOWNLOADS = ("applications/applications_test.py",)  # predicts with downloaded weights alone; without them it still takes 18 GB
 # Parametrized by objects, with their addresses in the names: the workers of xdist would not agree on them.
 WITHOUT_WORKERS = ("wrappers/sklearn_test.py",)
+ADDRESS = re.compile("0x[0-9a-f]+")
 FILES_AT_ONCE = 20  # a worker keeps the programs of all its tests in memory
 SAMPLE = 10
 
@@ -159,8 +160,10 @@ def run_group(files: Sequence[str], folder: Path, wanted: Sequence[str] | None, 
     finished = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if not results.exists():
         return {}, finished.stdout
-    cases = ElementTree.parse(results).iter("testcase")
-    outcomes = {f"{case.get('classname')}::{case.get('name')}": next((child.tag for child in case), "passed") for case in cases}
+    outcomes = {}
+    for case in ElementTree.parse(results).iter("testcase"):
+        name = ADDRESS.sub("0x", f"{case.get('classname')}::{case.get('name')}")
+        outcomes[name] = next((child.tag for child in case), "passed")
     return outcomes, finished.stdout
 
 

@@ -6,6 +6,7 @@ one of the methods are written to files there. With SELECTED_TESTS=FILE, only th
 
 import functools
 import os
+import re
 import sys
 import threading
 import types
@@ -62,14 +63,15 @@ def recorded(original: Callable[..., Any], file: Path) -> Callable[..., Any]:
 
 
 def junit_name(node: str) -> str:
-    """Returns the name of a test in a JUnit file, CLASS::TEST, from its pytest node id.
+    """Returns the name of a test in a JUnit file, CLASS::TEST, from its pytest node id; addresses of objects are left out.
 
-    >>> junit_name("layers/core/dense_test.py::DenseTest::test_dense[a::b]")
-    'layers.core.dense_test.DenseTest::test_dense[a::b]'
+    >>> junit_name("layers/core/dense_test.py::DenseTest::test_dense[a::b at 0x7f4f]")
+    'layers.core.dense_test.DenseTest::test_dense[a::b at 0x]'
     """
     names, bracket, parameters = node.partition("[")
     path, *inner, test = names.split("::")
-    return ".".join([path.removesuffix(".py").replace("/", "."), *inner]) + f"::{test}{bracket}{parameters}"
+    name = ".".join([path.removesuffix(".py").replace("/", "."), *inner]) + f"::{test}{bracket}{parameters}"
+    return re.sub("0x[0-9a-f]+", "0x", name)
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
