@@ -49,7 +49,8 @@ from research.keras_fit.fit import fit, predict_on_batch, test_on_batch, train_o
 from research.keras_fit.from_keras import from_keras
 from research.keras_fit.write_back import part, write_back
 from research.training import loop as _loop
-from research.training.loop import LogEntry, train
+from research.training.logs import LogEntry
+from research.training.loop import train
 from research.training.warm_start import RestoreReport, restore
 from research.transforms.accumulate import accumulate
 from research.transforms.from_loss import learner

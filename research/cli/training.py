@@ -26,6 +26,7 @@ from research.distributed import processes
 from research.reporting import progress, record, run_files
 from research.training import checkpoint, loop, signals
 from research.training.bad_steps import BadStep, LossWatch, state_check, without_recent
+from research.training.logs import LogEntry
 
 
 class Session(NamedTuple):
@@ -82,7 +83,7 @@ class Recorder:
         self.summary["parameters"] = count_parameters(session.start.state)
         self.first: tuple[int, float] | None = None  # step and time of the first log
 
-    def log(self, entry: loop.LogEntry) -> None:
+    def log(self, entry: LogEntry) -> None:
         """Records the metrics of a step."""
         now = time.time()
         if self.first is None:
@@ -204,7 +205,7 @@ def train(session: Session, recorder: Recorder, stop: Callable[[], bool], watch:
     ):
         log_scalars, write_weights, wait_for_tensorboard = tensorboard_hooks
 
-        def log(entry: loop.LogEntry) -> None:
+        def log(entry: LogEntry) -> None:
             recorder.log(entry)
             log_scalars(entry)
             show(entry)
@@ -251,7 +252,7 @@ def train(session: Session, recorder: Recorder, stop: Callable[[], bool], watch:
             raise
         if "test" in session.splits:
             values = loop.evaluate(learner, session.splits["test"], trained, stop)
-            log(loop.LogEntry(total, max(0, total - 1) // data.steps_per_epoch, "test", values))
+            log(LogEntry(total, max(0, total - 1) // data.steps_per_epoch, "test", values))
     return trained
 
 

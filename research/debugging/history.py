@@ -16,6 +16,7 @@ from research.reporting.run_files import ignore
 from research.training import checkpoint, leaves, loop
 from research.training.bad_steps import NONFINITE, BadStep
 from research.training.checkpoint import Checkpoint
+from research.training.logs import LogEntry
 from research.training.manifest import ANY, Origin, verify
 from research.training.warm_start import restore_start
 from research.transforms.skip_nonfinite import loses_finite
@@ -89,7 +90,7 @@ def record_decision(directory: Path, decision: Decision) -> None:
 
 
 def state_after(
-    history: History, step: int, log: Callable[[loop.LogEntry], None] | None = None, log_every: int | None = None
+    history: History, step: int, log: Callable[[LogEntry], None] | None = None, log_every: int | None = None
 ) -> Checkpoint:
     """Returns the state of a run after `step` steps, bit for bit, and the logs of that step.
 
@@ -123,7 +124,7 @@ def state_after(
 
 
 def _start(
-    history: History, step: int, log: Callable[[loop.LogEntry], None] | None = None, log_every: int | None = None
+    history: History, step: int, log: Callable[[LogEntry], None] | None = None, log_every: int | None = None
 ) -> Checkpoint:
     """Returns a checkpoint, what a decision led to, or the initial state: the one of `step`, which is from `last_checkpoint`."""
     decision = next((each for each in history.decisions if each.step == step), None)

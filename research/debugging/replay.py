@@ -20,7 +20,7 @@ from research.debugging.instrument import Call, instrumented_step
 from research.reporting import record, run_files
 from research.training import checkpoint, loop
 from research.training.bad_steps import is_loss
-from research.training.loop import LogEntry
+from research.training.logs import LogEntry
 from research.training.manifest import Origin, config_digest, verify
 
 MAX_ROWS = 1024  # for which the loss is computed one by one

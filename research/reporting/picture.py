@@ -11,7 +11,7 @@ import keras
 
 from research.reporting.graph import Graph, Node, model_graph
 from research.reporting.graph_layout import HEADING, Box, Layout, Point, compute_layout
-from research.training.loop import LogEntry
+from research.training.logs import LogEntry
 
 if TYPE_CHECKING:  # matplotlib is slow to import: only functions that draw do it
     from matplotlib.axes import Axes

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from research.training.loop import LogEntry
+from research.training.logs import LogEntry
 
 UPDATE_INTERVAL = 0.05  # seconds
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from research.core.state import InvalidArgument
 from research.reporting import environment, run_files
 from research.reporting.run_files import Report, ignore
-from research.training.loop import LogEntry
+from research.training.logs import LogEntry
 
 if TYPE_CHECKING:  # matplotlib is slow to import: only functions that draw do it
     from matplotlib.figure import Figure

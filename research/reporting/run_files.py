@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from research.core.state import InvalidArgument
-from research.training.loop import LogEntry
+from research.training.logs import LogEntry
 
 FILES = ("versions.json", "code.json", "source.diff", "metrics.jsonl", "summary.json", "report.html")
 DIRECTORIES = ("plots", "tensorboard")

@@ -18,7 +18,8 @@ from research.distributed.processes import to_host
 from research.reporting.graph import model_graph
 from research.reporting.record import png_bytes, write_bytes
 from research.reporting.run_files import Report, ignore, set_aside
-from research.training.loop import Hook, LogEntry
+from research.training.logs import LogEntry
+from research.training.loop import Hook
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -2,9 +2,9 @@
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,6 +35,7 @@ from research.training.arguments import (
 from research.training.bad_steps import BadStep, Watch, Watched
 from research.training.errors import naming_shared_leaves
 from research.training.labels import checked_labels
+from research.training.logs import LogEntry, PendingLogs, split_before_hooks, to_python
 from research.training.programs import (
     TrainProgram,
     evaluate_program,
@@ -49,19 +50,6 @@ from research.training.programs import (
 MAX_PENDING_BATCHES = 8
 
 Hook = Callable[[int, Any, dict[str, Any]], Any]  # (steps done, state, logs) -> state or None
-
-
-class LogEntry(NamedTuple):
-    """The logs of one split ("train", "val", ...) after `step` steps, as Python floats. `epoch` counts from 0.
-
-    >>> LogEntry(step=10, epoch=0, split="train", values={"loss": 0.5}).values["loss"]
-    0.5
-    """
-
-    step: int
-    epoch: int
-    split: str
-    values: dict[str, float]
 
 
 class Stopped(Exception):
@@ -135,12 +123,12 @@ def train(
     program = train_program(learner, data, state)
     data = checked_labels(learner, data, "train", _resident_source)
     evaluators = {split: evaluator(learner, batches, state, stop, split) for split, batches in (evaluations or {}).items()}
-    pending = _PendingLogs(data.steps_per_epoch, total, log_every, log, evaluators)
+    pending = PendingLogs(data.steps_per_epoch, total, log_every, log, evaluators)
     done, pacer = start, DispatchPacer(lagged_min(1))
     watched = Watched(watch)
     periods = [every for every, _ in hooks]
     bounds = chunk_bounds(start, total, [data.steps_per_epoch, *periods], pacer, program.capacity)
-    bounds = _split_before_hooks(bounds, periods, total, pending.due)
+    bounds = split_before_hooks(bounds, periods, total, pending.due)
     try:
         if logs is not None and start:
             pending.schedule(start, start, logs)
@@ -192,7 +180,7 @@ def evaluate(learner: Learner, data: Batches, state: Any, stop: Callable[[], boo
     >>> evaluate(learner, research.from_arrays(np.ones((5, 1)), np.full((5, 1), 3.0), batch_size=2), learner.init())
     {'loss': 9.0, 'mae': 3.0}
     """
-    return _to_python(evaluator(learner, data, state, stop)(state))
+    return to_python(evaluator(learner, data, state, stop)(state))
 
 
 def predict(learner: Learner, data: Batches, state: Any) -> PyTree:
@@ -268,79 +256,6 @@ def evaluator(
     return run
 
 
-class _PendingLogs:
-    """Logs that are due but still on the device. They are read after the next dispatch, so that the device does not wait."""
-
-    def __init__(
-        self,
-        steps_per_epoch: int,
-        total: int,
-        log_every: int | None,
-        log: Callable[[LogEntry], None] | None,
-        evaluators: Mapping[str, Callable[[Any], dict[str, Any]]],
-    ) -> None:
-        self.steps_per_epoch, self.total, self.log_every = steps_per_epoch, total, log_every
-        self.log, self.evaluators = log, evaluators
-        self.last: dict[str, Any] = {}  # the newest values of all splits
-        self.entries: list[tuple[int, str, dict[str, Any], int | None]] = []  # step, split, logs, index into stacked logs
-
-    def due(self, first: int, done: int) -> list[int]:
-        """Returns the steps from `first` to `done` whose training logs are due. `done` is the only one that may end an epoch."""
-        due = set() if self.log_every is None else set(range(first + -first % self.log_every, done + 1, self.log_every))
-        due |= {1} if first == 1 and self.log is not None else set()
-        return sorted(due | ({done} if self._ends_epoch(done) else set()))
-
-    def _ends_epoch(self, step: int) -> bool:
-        return step % self.steps_per_epoch == 0 or step == self.total
-
-    def schedule(self, first: int, done: int, logs: PyTree, all_logs: PyTree = None) -> None:
-        """Adds the training logs that are due in steps `first` to `done`: those of step `done`, and the stacked ones of all."""
-        for step in self.due(first, done):
-            self._add(step, "train", *((logs, None) if step == done else (all_logs, step - first)))
-
-    def evaluate(self, done: int, state: Any) -> None:
-        """Evaluates the state after `done` steps, if that is due, and adds the logs."""
-        for split, evaluate in self.evaluators.items() if self._ends_epoch(done) else ():
-            self._add(done, split, evaluate(state), None)
-
-    def _add(self, step: int, split: str, logs: dict[str, Any], index: int | None) -> None:
-        self.entries.append((step, split, logs, index))
-        for value in logs.values():
-            if isinstance(value, jax.Array):
-                value.copy_to_host_async()
-
-    def flush(self) -> None:
-        """Reads the logs off the device and reports them."""
-        for step, split, logs, index in self.entries:
-            values = _to_python(logs, index)
-            self.last.update({name if split == "train" else f"{split}_{name}": value for name, value in values.items()})
-            if self.log is not None:
-                self.log(LogEntry(step, (step - 1) // self.steps_per_epoch, split, _elements(values)))
-        self.entries.clear()
-
-    def discard(self, step: int) -> None:
-        """Drops the logs of this step and later ones."""
-        self.entries[:] = [entry for entry in self.entries if entry[0] < step]
-
-
-def _split_before_hooks(
-    bounds: Iterable[tuple[int, int]], periods: Sequence[int], total: int, due: Callable[[int, int], list[int]]
-) -> Iterator[tuple[int, int]]:
-    """Yields the dispatches `bounds`, those that end at a hook split after the last log that is due before it.
-
-    Logs are read after the next dispatch. Those of one dispatch with the hook would be read after the hook: if it writes a
-    checkpoint, and the process is killed then, the resumed run would start after their steps and never report them.
-    """
-    for start, count in bounds:
-        done = start + count
-        if done == total or any(done % every == 0 for every in periods):
-            earlier = due(start + 1, done - 1) if count > 1 else []
-            if earlier:
-                yield start, earlier[-1] - start
-                start = earlier[-1]
-        yield start, done - start
-
-
 class _ResidentChunks(Iterator[Chunk]):
     """Chunks of data that is on the device: nothing has to be waited for."""
 
@@ -381,20 +296,6 @@ def _prefetched(data: Batches) -> Prefetcher[Any]:
 def _total_steps(steps: int | None, epochs: int | None, data: Batches) -> int:
     limits = [] if steps is None else [steps]
     return min(limits + ([] if epochs is None else [epochs * data.steps_per_epoch]))
-
-
-def _to_python(logs: dict[str, Any], index: int | None = None) -> dict[str, Any]:
-    """Returns logs, or entry `index` of stacked logs, as floats, and those that are arrays as lists."""
-    return {name: np.asarray(log if index is None else log[index], float).tolist() for name, log in logs.items()}
-
-
-def _elements(values: dict[str, Any]) -> dict[str, float]:
-    """Returns logs as floats alone: a list becomes one float per element, named `NAME_0`, ..."""
-    floats: dict[str, float] = {}
-    for name, value in values.items():
-        elements = [(f"{name}_{i}", element) for i, element in enumerate(np.ravel(value).tolist())]
-        floats.update(elements if isinstance(value, list) else {name: value})
-    return floats
 
 
 _resident_source = weak_cache(lambda source: to_device(source()))  # one copy per data set, however often it is used

@@ -195,7 +195,7 @@ def test_slow_packages_are_not_imported_before_they_are_used() -> None:
 
 def test_values_that_are_not_finite_are_null_in_the_logs(tmp_path: Path) -> None:
     from research.reporting import picture, record
-    from research.training.loop import LogEntry
+    from research.training.logs import LogEntry
 
     run, _ = record.open_run(tmp_path / "run", "digits", {})
     (tmp_path / "run").mkdir()
@@ -208,7 +208,7 @@ def test_values_that_are_not_finite_are_null_in_the_logs(tmp_path: Path) -> None
 
 def test_a_terminal_shows_a_bar_and_a_line_for_each_epoch(capsys: pytest.CaptureFixture[str]) -> None:
     from research.reporting.progress import show_progress
-    from research.training.loop import LogEntry
+    from research.training.logs import LogEntry
 
     with show_progress(10, 5, terminal=True) as (log, progress):
         for step in range(1, 11):

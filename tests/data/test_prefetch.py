@@ -19,7 +19,7 @@ from small_training import assert_same_weights, data, learner
 import research
 from research.data import prefetch
 from research.data.prefetch import DispatchPacer, Prefetcher, chunk_bounds
-from research.training.loop import LogEntry
+from research.training.logs import LogEntry
 from research.training.programs import compile_ahead, train_program
 
 

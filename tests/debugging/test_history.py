@@ -13,8 +13,9 @@ from keras import layers
 
 import research
 from research.debugging.history import Decision, History, first_bad_step, read_decisions, state_after
-from research.training import checkpoint, loop
+from research.training import checkpoint
 from research.training.bad_steps import NONFINITE, SPIKE, BadStep, LossWatch, state_check
+from research.training.logs import LogEntry
 
 X = np.random.default_rng(0).normal(size=(40, 4)).astype("float32")
 BAD = 6  # the step, from 1, whose gradient is NaN though its loss is finite
@@ -49,7 +50,7 @@ def assert_equal(first: Any, second: Any) -> None:
 
 def test_the_step_that_spoiled_the_weights_is_found_though_only_the_loss_of_the_next_is_nan(tmp_path: Path) -> None:
     learner, batches = distances(), data()
-    reported: list[loop.LogEntry] = []
+    reported: list[LogEntry] = []
     with pytest.raises(BadStep, match="loss is nan") as error:
         research.train(learner, batches, epochs=2, log_every=1, log=reported.append, watch=LossWatch(10))
     assert (error.value.step, error.value.reason) == (BAD + 1, NONFINITE)
@@ -192,7 +193,7 @@ def test_a_run_past_a_bad_step_ends_with_the_state_that_its_decisions_say(
     recorded = load_run("run")
     learner = recorded.experiment.module.build(recorded.config)
     batches = recorded.experiment.module.data(recorded.config)["train"]
-    entries: list[loop.LogEntry] = []
+    entries: list[LogEntry] = []
     again = state_after(history(learner, batches, tmp_path / "none", decision), 90, entries.append, 10)
     last = checkpoint.restore(tmp_path / "run" / "checkpoints" / "000000090", learner.init(), learner.names)
     assert_equal(again.state, last.state)

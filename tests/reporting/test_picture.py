@@ -9,7 +9,7 @@ from keras import layers
 
 from research.reporting import picture
 from research.reporting.graph import model_graph
-from research.training.loop import LogEntry
+from research.training.logs import LogEntry
 
 
 @each_model

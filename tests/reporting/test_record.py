@@ -12,7 +12,7 @@ import pytest
 
 from research.core.state import InvalidArgument
 from research.reporting import picture, record, report, run_files
-from research.training.loop import LogEntry
+from research.training.logs import LogEntry
 
 
 def test_runs_that_start_in_the_same_second_get_directories_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from research.cli import run
 from research.cli.experiment import Experiment
 from research.cli.options import Options
 from research.reporting import record, report
-from research.training.loop import LogEntry
+from research.training.logs import LogEntry
 
 pytestmark = pytest.mark.slow
 

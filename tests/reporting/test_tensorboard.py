@@ -27,7 +27,7 @@ import research
 from research.core.state import State
 from research.reporting import embeddings, tensorboard
 from research.reporting.graph import model_graph
-from research.training.loop import LogEntry
+from research.training.logs import LogEntry
 
 pytestmark = pytest.mark.slow
 

@@ -18,7 +18,8 @@ from keras import layers
 
 import research
 from research.training import checkpoint
-from research.training.loop import LogEntry, Stopped
+from research.training.logs import LogEntry
+from research.training.loop import Stopped
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(40, 8)).astype("float32")

@@ -19,6 +19,7 @@ from research.cli.options import Options
 from research.data.prefetch import DispatchPacer
 from research.reporting import environment, record
 from research.training import checkpoint, loop, manifest
+from research.training.logs import LogEntry
 
 SCHEDULES = [(2, 5), (1, 5), (3, 10), (4, 3), (None, 5)]  # steps between logs and between checkpoints; an epoch has five
 STEPS = 15
@@ -53,7 +54,7 @@ def train(classifier: research.Learner, directory: Path, schedule: tuple[int | N
     record.start(run, {}, start.step)
     log_every, save_every = schedule
 
-    def log(entry: loop.LogEntry) -> None:
+    def log(entry: LogEntry) -> None:
         reached(f"before line {entry.step} {entry.split}")
         record.append_entry(run, entry)
         reached(f"after line {entry.step} {entry.split}")

@@ -14,7 +14,7 @@ from small_training import X, Y, assert_same_weights, data, learner, weights
 
 import research
 from research.data import prefetch
-from research.training.loop import LogEntry
+from research.training.logs import LogEntry
 
 PLACES = [pytest.param(1 << 20, id="resident"), pytest.param(0, id="host", marks=pytest.mark.slow)]
 
