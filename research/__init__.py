@@ -56,6 +56,7 @@ from research.transforms.accumulate import accumulate
 from research.transforms.from_loss import learner
 from research.transforms.init import init_abstract, init_sharded
 from research.transforms.joint import joint
+from research.transforms.observe import Observation, layer_norms, norms
 
 # Dispatched on the first argument: a learner with its data, or a Keras model with the arguments of its own methods.
 evaluate = functools.singledispatch(_loop.evaluate)
@@ -74,6 +75,7 @@ __all__ = [
     "LogEntry",
     "Metrics",
     "Objective",
+    "Observation",
     "RestoreReport",
     "State",
     "Step",
@@ -95,7 +97,9 @@ __all__ = [
     "joint",
     "keras_objective",
     "keras_update",
+    "layer_norms",
     "learner",
+    "norms",
     "num_examples",
     "optax_update",
     "part",

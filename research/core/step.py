@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PyTree
 from research.core.metrics import Logs, Metrics
 from research.core.objective import Objective
 from research.core.state import Batch, State, num_rows
+from research.core.tags import GRADIENT, tag
 from research.core.update import Gradients, Update
 
 S = TypeVar("S")
@@ -89,6 +90,7 @@ def step(gradient: Gradient, update: Update, metrics: Metrics, count: Callable[[
             return gradient(before._replace(trainable=trainable), batch)[1]
 
         state, gradients = gradient(state, batch)
+        tag(gradients.values, GRADIENT)
         state = update.apply(state, gradients, evaluate)
         state = state._replace(metrics=metrics.track_loss(state.metrics, gradients.loss, count(batch)))
         return state, metrics.result(state.metrics)

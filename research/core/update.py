@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from research.core.state import InvalidArgument, State, copy_leaves, copy_values, scope_mapping
+from research.core.tags import LEARNING_RATE, tag
 
 
 class Gradients(NamedTuple):
@@ -63,6 +64,7 @@ def keras_update(optimizer: keras.Optimizer, variables: Sequence[keras.Variable]
     scale = loss_scale(optimizer)
 
     def apply(state: State, gradients: Gradients, evaluate: Callable[[PyTree], Gradients] | None = None) -> State:
+        tag(learning_rate(state), LEARNING_RATE)
         grads = gradients.values
         if scale is not None:  # Keras' optimizer divides by the scale itself
             factor = scale(state)
@@ -120,10 +122,15 @@ def optax_update(transformation: optax.GradientTransformation, variables: Sequen
         if any(constraints):
             trainable = [w if c is None else c(w) for c, w in zip(constraints, trainable, strict=True)]
         slots = {"iterations": state.optimizer["iterations"] + 1, "transform": transform}
-        return state._replace(trainable=trainable, optimizer=slots)
+        after = state._replace(trainable=trainable, optimizer=slots)
+        tag(learning_rate(after), LEARNING_RATE)  # a schedule is evaluated in the update
+        return after
 
     def learning_rate(state: State) -> Float[Array, ""] | None:
-        rate = optax.tree.get(state.optimizer["transform"], "learning_rate")
+        # A schedule's own state has the name too.
+        rate = optax.tree.get(
+            state.optimizer["transform"], "learning_rate", filtering=lambda _, value: isinstance(value, jax.Array)
+        )
         return None if rate is None else jnp.asarray(rate, jnp.float32)
 
     return Update(init, apply, lambda state: state.optimizer["iterations"], learning_rate)

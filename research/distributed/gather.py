@@ -32,7 +32,7 @@ ELEMENTWISE = """
     integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow reduce_precision
     rem round rsqrt select_n shift_left shift_right_logical sign sin sqrt square stop_gradient sub tan tanh xor
 """.split()  # noqa: SIM905
-UNCHANGED = ("optimization_barrier",)  # each result is the operand at its position
+UNCHANGED = ("optimization_barrier", "name")  # each result is the operand at its position
 REDUCTIONS = ("argmax", "argmin", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum")
 
 

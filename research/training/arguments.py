@@ -71,8 +71,8 @@ def check_state(function: str, learner: Learner, state: Any) -> None:
         )
 
 
-def check_schedule(steps: Any, epochs: Any, start: Any, log_every: Any, hooks: Any) -> None:
-    """Raises `InvalidArgument` for numbers of steps and epochs, and for hooks, that `train` can't follow.
+def check_schedule(steps: Any, epochs: Any, start: Any, log_every: Any, hooks: Any, observe: Any = None) -> None:
+    """Raises `InvalidArgument` for numbers of steps and epochs, for hooks and for `observe`, that `train` can't follow.
 
     >>> check_schedule(10, None, 0, None, [(-2, print)])
     Traceback (most recent call last):
@@ -91,6 +91,13 @@ def check_schedule(steps: Any, epochs: Any, start: Any, log_every: Any, hooks: A
                 f"train: hook {position} is {type_name(hook)}, expected a pair of a period in steps and a function: (100, hook)."
             )
         check_integer(hook[0], f"the period of hook {position}", "train", 1)
+    if observe is not None:
+        if not (isinstance(observe, tuple | list) and len(observe) == 2 and callable(observe[1])):
+            raise InvalidArgument(
+                f"train: observe is {type_name(observe)}, expected a pair of a period in steps and a function: "
+                "observe=(100, research.norms)."
+            )
+        check_integer(observe[0], "the period of observe", "train", 1)
 
 
 def check_evaluations(evaluations: Any) -> None:

@@ -31,9 +31,10 @@ class PendingLogs:
         log_every: int | None,
         log: Callable[[LogEntry], None] | None,
         evaluators: Mapping[str, Callable[[Any], dict[str, Any]]],
+        observe_every: int | None = None,
     ) -> None:
         self.steps_per_epoch, self.total, self.log_every = steps_per_epoch, total, log_every
-        self.log, self.evaluators = log, evaluators
+        self.log, self.evaluators, self.observe_every = log, evaluators, observe_every
         self.last: dict[str, Any] = {}  # the newest values of all splits
         self.entries: list[tuple[int, str, dict[str, Any], int | None]] = []  # step, split, logs, index into stacked logs
 
@@ -42,6 +43,10 @@ class PendingLogs:
         due = set() if self.log_every is None else set(range(first + -first % self.log_every, done + 1, self.log_every))
         due |= {1} if first == 1 and self.log is not None else set()
         return sorted(due | ({done} if self._ends_epoch(done) else set()))
+
+    def observed(self, step: int) -> bool:
+        """Returns whether a step's logs are due and have what is observed of it."""
+        return self.observe_every is not None and step % self.observe_every == 0 and bool(self.due(step, step))
 
     def _ends_epoch(self, step: int) -> bool:
         return step % self.steps_per_epoch == 0 or step == self.total
@@ -94,13 +99,26 @@ def split_before_hooks(
         yield start, done - start
 
 
+def split_before_observed(bounds: Iterable[tuple[int, int]], observed: Callable[[int], bool]) -> Iterator[tuple[int, int]]:
+    """Yields the dispatches `bounds`, with steps that are observed, the last of their dispatches, in dispatches of their own.
+
+    >>> list(split_before_observed([(0, 1), (1, 9), (10, 4)], lambda step: step == 10))
+    [(0, 1), (1, 8), (9, 1), (10, 4)]
+    """
+    for start, count in bounds:
+        if count > 1 and observed(start + count):
+            yield start, count - 1
+            start, count = start + count - 1, 1
+        yield start, count
+
+
 def to_python(logs: dict[str, Any], index: int | None = None) -> dict[str, Any]:
     """Returns logs, or entry `index` of stacked logs, as floats, and those that are arrays as lists.
 
     >>> to_python({"loss": np.float32(0.5), "each": np.arange(2)})
     {'loss': 0.5, 'each': [0.0, 1.0]}
     """
-    return {name: np.asarray(log if index is None else log[index], float).tolist() for name, log in logs.items()}
+    return {name: np.asarray(log)[... if index is None else index].astype(float).tolist() for name, log in logs.items()}
 
 
 def elements(values: dict[str, Any]) -> dict[str, float]:

@@ -35,7 +35,7 @@ from research.training.arguments import (
 from research.training.bad_steps import BadStep, Watch, Watched
 from research.training.errors import naming_shared_leaves
 from research.training.labels import checked_labels
-from research.training.logs import LogEntry, PendingLogs, split_before_hooks, to_python
+from research.training.logs import LogEntry, PendingLogs, split_before_hooks, split_before_observed, to_python
 from research.training.programs import (
     TrainProgram,
     evaluate_program,
@@ -44,6 +44,7 @@ from research.training.programs import (
     train_program,
     weak_cache,
 )
+from research.transforms.observe import Observe
 
 # An evaluation waits for the device after so many batches. Without that, batches would pile up in device memory, and simulated
 # CPU devices would deadlock: some would never get a thread, and the others would wait for them in a collective.
@@ -80,6 +81,7 @@ def train(
     stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int, float], None] = lambda step, waited: None,
     watch: Watch | None = None,
+    observe: tuple[int, Observe] | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Trains a learner for a number of steps or epochs, whichever ends first. Returns the state and the last logs of all splits.
 
@@ -99,6 +101,10 @@ def train(
     step, and those of all its steps, stacked, None if it is a single one. It, or a hook, may raise `BadStep`: logs of earlier
     steps are then reported, those of that step and later ones are not, and the error is passed on.
 
+    `observe`, a pair `(every, function)`, adds to the logs of each `every`-th step, if they are due, what the function computes
+    from its gradients, updates, weights and learning rate: `(100, research.norms)`, see `transforms.observe`. State and other
+    logs keep their bits. It costs about one step each time, and compiling one.
+
     To resume, pass the `state` (default: `learner.init()`), its number of steps as `start`, and the `logs` of that step to log
     and evaluate again what is due there. `state` is donated: use the returned one. Raises `InvalidArgument` before the first
     step if a batch does not fit the learner or the learner's code fails (see `programs.checked`), and for labels that the
@@ -114,26 +120,27 @@ def train(
     """
     check_learner("train", learner)
     check_data("train", data)
-    check_schedule(steps, epochs, start, log_every, hooks)
+    check_schedule(steps, epochs, start, log_every, hooks, observe)
     check_evaluations(evaluations or {})
-    check_callables("train", log=log, stop=stop, progress=progress, watch=watch or (lambda *_: None))
+    check_callables("train", log=log, stop=stop, progress=progress, watch=watch)
     total = _total_steps(steps, epochs, data)
     state = learner.init() if state is None else state
     check_state("train", learner, state)
-    program = train_program(learner, data, state)
+    program = train_program(learner, data, state, None if observe is None else observe[1])
     data = checked_labels(learner, data, "train", _resident_source)
     evaluators = {split: evaluator(learner, batches, state, stop, split) for split, batches in (evaluations or {}).items()}
-    pending = PendingLogs(data.steps_per_epoch, total, log_every, log, evaluators)
+    pending = PendingLogs(data.steps_per_epoch, total, log_every, log, evaluators, None if observe is None else observe[0])
     done, pacer = start, DispatchPacer(lagged_min(1))
     watched = Watched(watch)
     periods = [every for every, _ in hooks]
-    bounds = chunk_bounds(start, total, [data.steps_per_epoch, *periods], pacer, program.capacity)
-    bounds = split_before_hooks(bounds, periods, total, pending.due)
+    stops = [data.steps_per_epoch, *periods, *([] if observe is None else observe[:1])]
+    bounds = chunk_bounds(start, total, stops, pacer, program.capacity)
+    bounds = split_before_observed(split_before_hooks(bounds, periods, total, pending.due), pending.observed)
     try:
         if logs is not None and start:
             pending.schedule(start, start, logs)
             pending.evaluate(start, state)
-        with _feed(program, data, bounds) as (run, chunks):
+        with _feed(program, data, bounds, pending.observed) as (run, chunks):
             for chunk in chunks:
                 annotation = jax.profiler.StepTraceAnnotation("train", step_num=chunk.start)
                 with annotation, naming_shared_leaves(state, learner.names):
@@ -269,12 +276,22 @@ class _ResidentChunks(Iterator[Chunk]):
 
 
 @contextmanager
-def _feed(program: TrainProgram, data: Batches, bounds: Iterator[tuple[int, int]]) -> Iterator[tuple[Any, Any]]:
-    """Yields the chunks of these bounds and what runs one: (state, chunk) -> (state, last logs, logs of each step)."""
+def _feed(
+    program: TrainProgram, data: Batches, bounds: Iterator[tuple[int, int]], observed: Callable[[int], bool]
+) -> Iterator[tuple[Any, Any]]:
+    """Yields the chunks of these bounds and what runs one: (state, chunk) -> (state, last logs, logs of each step).
+
+    What is observed of steps for which `observed` returns True, each a chunk of its own, is added to their logs.
+    """
 
     def run(source: PyTree, state: Any, chunk: Chunk) -> Any:
+        scalars = {}
+        if program.observe is not None and observed(chunk.start + 1):
+            scalars = program.observe(state, source, chunk.batches, chunk.positions)
         at_epoch_start = np.bool_(chunk.start % data.steps_per_epoch == 0)
-        return program.program(state, source, chunk.batches, chunk.positions, np.int32(chunk.steps), at_epoch_start)
+        args = (chunk.batches, chunk.positions, np.int32(chunk.steps), at_epoch_start)
+        state, logs, all_logs = program.program(state, source, *args)
+        return state, {**scalars, **logs}, all_logs
 
     if data.resident is not None:
         source, batch_size = _resident_source(data.resident.source), jax.tree.leaves(data.shapes)[0].shape[0]

@@ -14,12 +14,14 @@ from jaxtyping import PyTree
 from research.core.learner import Learner
 from research.core.metrics import Logs
 from research.core.state import InvalidArgument
+from research.core.step import Step
 from research.cpu.loops import runs_well_in_loop, without_hoisting
 from research.cpu.rewrite import rewrite, separate_gathers
 from research.data.batches import Batches, take_rows
 from research.data.prefetch import is_numeric, signature
 from research.errors import one_line, user_frame
 from research.transforms.fuse import batch_at, fuse
+from research.transforms.observe import Observe, observed_scalars
 
 T = TypeVar("T")
 
@@ -37,16 +39,22 @@ class TrainProgram(NamedTuple):
     are as many as `positions` is long (see `Chunk`). `at_epoch_start` (bool) resets the metrics before the first step. `source`
     is the data on the device, or None. `capacity` is the best number of stacked batches.
 
+    `observe` is None, or the program (state, source, batches, positions) -> scalars of what is observed of the first of those
+    steps.
+
     >>> TrainProgram(program=None, capacity=8).capacity
     8
     """
 
     program: Any
     capacity: int
+    observe: Any = None
 
 
-def train_program(learner: Learner, data: Batches, state: Any) -> TrainProgram:
+def train_program(learner: Learner, data: Batches, state: Any, function: Observe | None = None) -> TrainProgram:
     """Returns the program that trains a learner on such data, traced but not compiled. It donates the state.
+
+    With a `function` there is a second program, which computes that of the observations of a step, see `transforms.observe`.
 
     `state` may be arrays or `jax.ShapeDtypeStruct`s. Steps are fused where that is faster: not if a convolution would run inside
     a loop on the CPU, nor if batches come from the host and are large. Raises `InvalidArgument` if a batch does not fit the
@@ -63,7 +71,11 @@ def train_program(learner: Learner, data: Batches, state: Any) -> TrainProgram:
     key = signature((state, source, batch))
     if key not in capacities:
         capacities[key] = _capacity(checked(functools.partial(step.trace, state, data.shapes), data), state, source, batch)
-    return TrainProgram(program, min(capacities[key], data.steps_per_epoch))
+    observing = None
+    if function is not None:
+        observing = _observe_program(learner, function)
+        checked(functools.partial(jax.eval_shape, observing, state, None, data.shapes, None), data)
+    return TrainProgram(program, min(capacities[key], data.steps_per_epoch), observing)
 
 
 def _capacity(traced: Any, state: Any, source: PyTree, batch: PyTree) -> int:
@@ -88,7 +100,7 @@ def compile_ahead(learner: Learner, data: Batches, state: Any) -> None:
     >>> learner = research.supervised(model, loss="mse", optimizer="sgd")
     >>> compile_ahead(learner, research.from_arrays(np.ones((6, 1)), np.ones((6, 1)), batch_size=2), learner.init())
     """
-    program, capacity = train_program(learner, data, state)
+    program, capacity, _ = train_program(learner, data, state)
     source, batch, positions = _source(data), _batch(data), None
     if capacity > 1:
         positions = np.arange(capacity, dtype=np.int32)
@@ -252,6 +264,28 @@ def _train_programs(train: Callable[..., tuple[Any, Logs]], reset: Callable[[Any
     return train_step, train_steps, {}
 
 
+class _Observing(NamedTuple):
+    """A training step, a function of its observations, and their program, once there is one."""
+
+    train: Step[Any]
+    function: Observe
+    programs: list[Any]
+
+
+def _observe_program(learner: Learner, function: Observe) -> Any:
+    train, function, programs = _observed(learner.train)(function)
+    if not programs:
+        scalars = rewrite(observed_scalars(train, learner.names, function))
+
+        @jax.jit
+        def observe(state: Any, source: PyTree, batches: Any, positions: Any) -> dict[str, Any]:
+            batch = batches if positions is None else batch_at(batches, 0)
+            return scalars(state, batch if source is None else take_rows(source, batch))
+
+        programs.append(observe)
+    return programs[0]
+
+
 def _evaluate_step(evaluate: Callable[..., tuple[Any, Logs]]) -> Callable[..., tuple[Any, Logs]]:
     evaluate = rewrite(evaluate)
 
@@ -287,6 +321,7 @@ def _batch(data: Batches) -> PyTree:
 
 
 _trained = weak_cache(lambda train: weak_cache(lambda reset: _train_programs(train, reset)))
+_observed = weak_cache(lambda train: weak_cache(lambda function: _Observing(train, function, [])))
 _evaluated = weak_cache(_evaluate_step)
 _predicted = weak_cache(_predict_step)
 _without_copies = weak_cache(lambda function: _FunctionPrograms(function, {}))

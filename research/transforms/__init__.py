@@ -7,6 +7,7 @@
 - `init`: a learner's initial state as shapes only, or created directly on the devices that keep it
 - `joint`: several learners as one
 - `jaxpr`: reading traced programs and evaluating their equations
+- `observe`: gradients, updates and weights of a step, and their norms as logs
 - `skip_nonfinite`: training without the steps that would write a NaN or an infinity
 """
 
@@ -15,10 +16,12 @@ from research.transforms.ema import AveragedState, ema, with_averages, with_opti
 from research.transforms.fuse import fuse
 from research.transforms.init import init_abstract, init_sharded
 from research.transforms.joint import joint
+from research.transforms.observe import Observation, layer_norms, norms, observe
 from research.transforms.skip_nonfinite import SkippingState, skip_nonfinite
 
 __all__ = [
     "AveragedState",
+    "Observation",
     "SkippingState",
     "accumulate",
     "ema",
@@ -26,6 +29,9 @@ __all__ = [
     "init_abstract",
     "init_sharded",
     "joint",
+    "layer_norms",
+    "norms",
+    "observe",
     "skip_nonfinite",
     "with_averages",
     "with_optimizer_averages",

@@ -170,6 +170,16 @@ def is_plain_call(equation: Any) -> bool:
     return equation.primitive.name in _PLAIN_CALLS
 
 
+def is_cond(equation: Any) -> bool:
+    """Returns whether an equation runs one of its `inner_programs`: that of its first operand's number, on the other operands.
+
+    >>> program = jax.make_jaxpr(lambda i, x: jax.lax.switch(i, [jnp.sin, jnp.cos], x))(0, 0.0)
+    >>> [is_cond(equation) for equation in own_equations(program)][-2:]
+    [False, True]
+    """
+    return equation.primitive.name == "cond"
+
+
 def is_checkpoint(equation: Any) -> bool:
     """Returns whether an equation is a part that `jax.checkpoint` computes again in the backward pass.
 

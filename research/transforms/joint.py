@@ -12,6 +12,7 @@ from research.core.learner import Learner
 from research.core.metrics import Logs
 from research.core.state import InvalidArgument, Mapped, SharedScope, check_type
 from research.core.step import Step
+from research.core.tags import scope
 
 Joint = dict[str, Any]  # a state by learner, and what else is threaded, by name
 Steps = Mapping[str, Step[Joint]]
@@ -73,7 +74,7 @@ def joint(
 
     def on_joint_state(name: str, step: Step[Any]) -> Step[Joint]:
         def call(state: Joint, batch: Any) -> tuple[Joint, Logs]:
-            with others(name, state):
+            with others(name, state), scope(name, state[name]):
                 after, logs = step(state[name], batch)
             return {**state, name: after}, {f"{name}_{key}": value for key, value in logs.items()}
 

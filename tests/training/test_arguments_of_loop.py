@@ -77,6 +77,14 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "a start that is None": (train(steps=1, start=None), "train: start is None, expected an integer of at least 0."),
     "log_every=0": (train(steps=1, log_every=0), "train: log_every is 0, expected an integer of at least 1."),
     "log_every=True": (train(steps=1, log_every=True), "train: log_every is True, expected an integer of at least 1."),
+    "observe every 0 steps": (
+        train(steps=1, observe=(0, research.norms)),
+        "train: the period of observe is 0, expected an integer of at least 1.",
+    ),
+    "observe without period": (
+        train(steps=1, observe=research.norms),
+        "train: observe is a function, expected a pair of a period in steps and a function: observe=(100, research.norms).",
+    ),
     "a hook every -2 steps": (hooks((-2, print)), "train: the period of hook 0 is -2, expected an integer of at least 1."),
     "a hook every 0 steps": (
         hooks((0, print)),
