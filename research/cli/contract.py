@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ OPTIONAL = {
     "results": _PARTS,
     "summaries": (*_PARTS, "writer", "step"),
 }
+SPLIT = re.compile("[A-Za-z0-9][A-Za-z0-9_-]*")
 MAX_PARAMETERS = 50_000_000  # of a state whose models are built at the start, only to see whether they can be saved
 
 
@@ -114,6 +116,10 @@ def check_splits(experiment: Experiment, splits: Any) -> dict[str, Batches]:
         names = ", ".join(map(repr, splits)) or "no"
         raise InvalidArgument(f"{where} {names} splits; expected 'train' among them, and if there are any 'val' and 'test'.")
     for name, split in splits.items():
+        if not (isinstance(name, str) and SPLIT.fullmatch(name)):
+            raise InvalidArgument(
+                f"{where} a split named {name!r}; expected letters, digits, - and _, since logs and folders are named after it."
+            )
         if not isinstance(split, Batches):
             raise InvalidArgument(
                 f"{where} {type(split).__name__} as {name!r}; expected Batches, as from research.from_arrays or from_examples."

@@ -41,6 +41,8 @@ class Options:
     """Go on with a run although its code, its config or versions of packages changed since its checkpoints were written."""
     log_every: Annotated[int, COUNT] = 50
     """Steps between two logs within an epoch."""
+    evaluate_every: Annotated[int, COUNT] | None = None
+    """Steps between two evaluations within an epoch; by default one at its end only."""
     checkpoint_every: Annotated[int, Interval("[0, 2147483647]")] = 1000
     """Steps between two checkpoints; 0 writes one at the end only."""
     on_nonfinite: OnBadStep = "stop"

@@ -232,7 +232,8 @@ def train(session: Session, recorder: Recorder, stop: Callable[[], bool], watch:
                 logs=without_recent(session.start.logs),
                 log_every=session.options.log_every,
                 log=log,
-                evaluations={"val": session.splits["val"]} if "val" in session.splits else {},
+                evaluations={name: split for name, split in session.splits.items() if name not in ("train", "test")},
+                evaluate_every=session.options.evaluate_every,
                 # The checkpoint comes last: what belongs to the steps before it is then on disk.
                 hooks=[
                     (checkpoint_every, check_state),

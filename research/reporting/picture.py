@@ -224,11 +224,11 @@ def _shortened(name: str) -> str:
 
 
 def _panels(logs: Sequence[LogEntry]) -> tuple["Figure", dict[str, "Axes"]]:
-    """Returns a figure with an empty panel per metric of the logs, the loss first."""
+    """Returns a figure with an empty panel per metric of the logs, the loss first, without those of single layers."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    names = list(dict.fromkeys(name for entry in logs for name in entry.values)) or ["loss"]
+    names = list(dict.fromkeys(name for entry in logs for name in entry.values if "/" not in name)) or ["loss"]
     names.sort(key=lambda name: name != "loss")
     columns = min(len(names), 3)
     rows = -(-len(names) // columns)

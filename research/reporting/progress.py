@@ -1,7 +1,7 @@
 """Console output of a run: a progress bar in a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from research.training.logs import LogEntry
@@ -15,9 +15,18 @@ def format_entry(entry: LogEntry, epochs: int) -> str:
     >>> format_entry(LogEntry(90, 1, "val", {"loss": 0.25, "accuracy": 0.9375}), epochs=20)
     'epoch  2/20  step 90     val    loss 0.2500  accuracy 0.9375'
     """
-    values = sorted(entry.values.items(), key=lambda item: item[0] != "loss")
+    values = sorted(shown(entry.values).items(), key=lambda item: item[0] != "loss")
     text = "  ".join(f"{name} {value:#.4g}" for name, value in values)
     return f"epoch {entry.epoch + 1:{len(str(epochs))}}/{epochs}  step {entry.step:<6} {entry.split:6} {text}"
+
+
+def shown(values: Mapping[str, float]) -> dict[str, float]:
+    """Returns the values of an entry without those of single layers, which would fill the screen.
+
+    >>> shown({"loss": 0.5, "gradient_norm/dense": 1.0})
+    {'loss': 0.5}
+    """
+    return {name: value for name, value in values.items() if "/" not in name}
 
 
 @contextmanager
@@ -54,10 +63,10 @@ def show_progress(
         started, updated = time.monotonic(), 0.0
 
         def log(entry: LogEntry) -> None:
-            if entry.step % steps_per_epoch == 0 or entry.step == total:
+            if entry.step % steps_per_epoch == 0 or entry.step == total or entry.split != "train":
                 console.print(format_entry(entry, epochs))
             if entry.split == "train":
-                values = "  ".join(f"{name} {value:#.3g}" for name, value in entry.values.items())
+                values = "  ".join(f"{name} {value:#.3g}" for name, value in shown(entry.values).items())
                 bar.update(task, values=values)
 
         def progress(step: int, waited: float) -> None:

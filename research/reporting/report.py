@@ -163,12 +163,14 @@ def best_names(values: Mapping[str, float], direction: int) -> set[str]:
 
 def _metrics_table(run: record.Run, metrics: Mapping[str, Any]) -> str:
     """Returns a table of metrics by split, and a second one of results measured once at the end."""
-    logged = {SPLITS.get(e.split, f"{e.split}_") + name for e in record.read_entries(run) for name in e.values}
-    names = list(dict.fromkeys(re.sub("^(val|test)_", "", name) for name in metrics if name in logged))
+    entries = record.read_entries(run)
+    splits = {**SPLITS, **{entry.split: f"{entry.split}_" for entry in entries if entry.split not in SPLITS}}
+    logged = {splits[entry.split] + name: name for entry in entries for name in entry.values}
+    names = list(dict.fromkeys(logged[name] for name in metrics if name in logged and "/" not in name))  # not those of layers
     names.sort(key=lambda name: name != "loss")
-    rows = [[_format(metrics.get(prefix + name, "")) for prefix in SPLITS.values()] for name in names]
+    rows = [[_format(metrics.get(prefix + name, "")) for prefix in splits.values()] for name in names]
     final = {name: value for name, value in metrics.items() if name not in logged}
-    table = _rows({name: html.escape(name) for name in names}, list(SPLITS), rows) if names else ""
+    table = _rows({name: html.escape(name) for name in names}, list(splits), rows) if names else ""
     return _columns(table, _facts(final) if final else "") or "<p>No metrics yet.</p>"
 
 

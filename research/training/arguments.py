@@ -71,7 +71,9 @@ def check_state(function: str, learner: Learner, state: Any) -> None:
         )
 
 
-def check_schedule(steps: Any, epochs: Any, start: Any, log_every: Any, hooks: Any, observe: Any = None) -> None:
+def check_schedule(
+    steps: Any, epochs: Any, start: Any, log_every: Any, hooks: Any, observe: Any = None, evaluate_every: Any = None
+) -> None:
     """Raises `InvalidArgument` for numbers of steps and epochs, for hooks and for `observe`, that `train` can't follow.
 
     >>> check_schedule(10, None, 0, None, [(-2, print)])
@@ -80,7 +82,8 @@ def check_schedule(steps: Any, epochs: Any, start: Any, log_every: Any, hooks: A
     """
     if steps is None and epochs is None:
         raise InvalidArgument("train: steps and epochs are both None, expected at least one: pass steps=1000 or epochs=5.")
-    for argument, value, low in (("steps", steps, 0), ("epochs", epochs, 0), ("start", start, 0), ("log_every", log_every, 1)):
+    numbers = {"steps": (steps, 0), "epochs": (epochs, 0), "start": (start, 0)}
+    for argument, (value, low) in {**numbers, "log_every": (log_every, 1), "evaluate_every": (evaluate_every, 1)}.items():
         if value is not None or argument == "start":
             check_integer(value, argument, "train", low)
     if callable(hooks) or isinstance(hooks, str | Mapping):

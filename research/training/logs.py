@@ -32,9 +32,11 @@ class PendingLogs:
         log: Callable[[LogEntry], None] | None,
         evaluators: Mapping[str, Callable[[Any], dict[str, Any]]],
         observe_every: int | None = None,
+        evaluate_every: int | None = None,
     ) -> None:
         self.steps_per_epoch, self.total, self.log_every = steps_per_epoch, total, log_every
-        self.log, self.evaluators, self.observe_every = log, evaluators, observe_every
+        self.log, self.evaluators = log, evaluators
+        self.observe_every, self.evaluate_every = observe_every, evaluate_every
         self.last: dict[str, Any] = {}  # the newest values of all splits
         self.entries: list[tuple[int, str, dict[str, Any], int | None]] = []  # step, split, logs, index into stacked logs
 
@@ -58,7 +60,8 @@ class PendingLogs:
 
     def evaluate(self, done: int, state: Any) -> None:
         """Evaluates the state after `done` steps, if that is due, and adds the logs."""
-        for split, evaluate in self.evaluators.items() if self._ends_epoch(done) else ():
+        due = self._ends_epoch(done) or (self.evaluate_every is not None and done % self.evaluate_every == 0)
+        for split, evaluate in self.evaluators.items() if due else ():
             self._add(done, split, evaluate(state), None)
 
     def _add(self, step: int, split: str, logs: dict[str, Any], index: int | None) -> None:

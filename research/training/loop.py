@@ -76,6 +76,7 @@ def train(
     log_every: int | None = None,
     log: Callable[[LogEntry], None] | None = None,
     evaluations: Mapping[str, Batches] | None = None,
+    evaluate_every: int | None = None,
     hooks: Sequence[tuple[int, Hook]] = (),
     logs: dict[str, Any] | None = None,
     stop: Callable[[], bool] = lambda: False,
@@ -85,12 +86,12 @@ def train(
 ) -> tuple[Any, dict[str, Any]]:
     """Trains a learner for a number of steps or epochs, whichever ends first. Returns the state and the last logs of all splits.
 
-    Metrics are reset at the start of each epoch. At its end, every data set of `evaluations` (split -> data) is evaluated. `log`
-    is called with a `LogEntry` after the first step, every `log_every` steps and at the end of an epoch, always after the next
-    steps were dispatched, so that the device never waits for it. A hook `(every, hook)` is called after every `every`-th step
-    and the last one, before the next dispatch and after the logs of all earlier steps: a checkpoint that it writes has them
-    behind it. If it returns a state, training continues with that. The state that it receives is donated afterwards; copy what
-    has to outlive the call.
+    Metrics are reset at the start of each epoch. At its end, and every `evaluate_every` steps, every data set of `evaluations`
+    (split -> data) is evaluated. `log` is called with a `LogEntry` after the first step, every `log_every` steps and at the end
+    of an epoch, always after the next steps were dispatched, so that the device never waits for it. A hook `(every, hook)` is
+    called after every `every`-th step and the last one, before the next dispatch and after the logs of all earlier steps: a
+    checkpoint that it writes has them behind it. If it returns a state, training continues with that. The state that it receives
+    is donated afterwards; copy what has to outlive the call.
 
     Between two hooks, one dispatch runs as many steps as take about 0.1 seconds, with bitwise equal results. After each dispatch
     `progress` is called with the number of dispatched steps and the seconds spent waiting for batches, then `stop`. If `stop`
@@ -120,7 +121,7 @@ def train(
     """
     check_learner("train", learner)
     check_data("train", data)
-    check_schedule(steps, epochs, start, log_every, hooks, observe)
+    check_schedule(steps, epochs, start, log_every, hooks, observe, evaluate_every)
     check_evaluations(evaluations or {})
     check_callables("train", log=log, stop=stop, progress=progress, watch=watch)
     total = _total_steps(steps, epochs, data)
@@ -129,11 +130,12 @@ def train(
     program = train_program(learner, data, state, None if observe is None else observe[1])
     data = checked_labels(learner, data, "train", _resident_source)
     evaluators = {split: evaluator(learner, batches, state, stop, split) for split, batches in (evaluations or {}).items()}
-    pending = PendingLogs(data.steps_per_epoch, total, log_every, log, evaluators, None if observe is None else observe[0])
+    observe_every = None if observe is None else observe[0]
+    pending = PendingLogs(data.steps_per_epoch, total, log_every, log, evaluators, observe_every, evaluate_every)
     done, pacer = start, DispatchPacer(lagged_min(1))
     watched = Watched(watch)
     periods = [every for every, _ in hooks]
-    stops = [data.steps_per_epoch, *periods, *([] if observe is None else observe[:1])]
+    stops = [data.steps_per_epoch, *periods, *filter(None, (observe_every, evaluate_every if evaluations else None))]
     bounds = chunk_bounds(start, total, stops, pacer, program.capacity)
     bounds = split_before_observed(split_before_hooks(bounds, periods, total, pending.due), pending.observed)
     try:

@@ -80,6 +80,11 @@ EPOCHS = "    epochs: int = 2\n"
             "mine.py: data(config) returned 'training' splits; expected ",
         ),
         (
+            [(DATA, 'return {"train": sibling.batches(config), "a/b": sibling.batches(config)}')],
+            "",
+            "mine.py: data(config) returned a split named 'a/b'; expected letters, digits, - and _, since logs and folders are ",
+        ),
+        (
             [(DATA, "return sibling.batches(config)")],
             "",
             "mine.py: data(config) returned Batches; expected a dict of splits, such ",

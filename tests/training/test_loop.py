@@ -19,6 +19,27 @@ from research.training.logs import LogEntry
 PLACES = [pytest.param(1 << 20, id="resident"), pytest.param(0, id="host", marks=pytest.mark.slow)]
 
 
+def test_evaluations_every_few_steps_are_due_once_also_when_training_resumes_at_one() -> None:
+    classifier, batches = learner(), data()
+    options: dict[str, Any] = {"evaluations": {"val": batches}, "evaluate_every": 2}
+    saved: list[tuple[int, Any, Any]] = []
+
+    def save(step: int, state: Any, logs: Any) -> None:
+        saved.append((step, jax.tree.map(np.array, state), logs))
+
+    entries: list[LogEntry] = []
+    research.train(classifier, batches, epochs=2, log=entries.append, hooks=[(4, save)], **options)
+    evaluated = [entry for entry in entries if entry.split == "val"]
+    assert [entry.step for entry in evaluated] == [2, 4, 5, 6, 8, 10]
+    unbroken: list[LogEntry] = []
+    research.train(classifier, batches, epochs=2, log=unbroken.append, **options)
+    assert unbroken == entries
+    step, state, logs = saved[0]
+    resumed: list[LogEntry] = []
+    research.train(classifier, batches, epochs=2, log=resumed.append, start=step, state=state, logs=logs, **options)
+    assert resumed == [entry for entry in entries if entry.step >= 4]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("resident", PLACES)
 def test_one_program_for_training_and_one_for_evaluation_however_many_epochs(
