@@ -118,7 +118,7 @@ def check_splits(experiment: Experiment, splits: Any) -> dict[str, Batches]:
     for name, split in splits.items():
         if not (isinstance(name, str) and SPLIT.fullmatch(name)):
             raise InvalidArgument(
-                f"{where} a split named {name!r}; expected letters, digits, - and _, since logs and folders are named after it."
+                f"{where} a split named {name!r}; expected letters, numbers, - and _, since logs and folders are named after it."
             )
         if not isinstance(split, Batches):
             raise InvalidArgument(

@@ -43,6 +43,8 @@ class Options:
     """Steps between two logs within an epoch."""
     evaluate_every: Annotated[int, COUNT] | None = None
     """Steps between two evaluations within an epoch; by default one at its end only."""
+    norms: Literal["none", "global", "layers"] = "global"
+    """Log the norms of gradients, updates and weights, and the learning rate: none, of all weights, or of each layer too."""
     checkpoint_every: Annotated[int, Interval("[0, 2147483647]")] = 1000
     """Steps between two checkpoints; 0 writes one at the end only."""
     on_nonfinite: OnBadStep = "stop"

@@ -18,15 +18,20 @@ from research.cli.outputs import write_outputs
 from research.cli.placement import Placed
 from research.cli.recovery import recover
 from research.cli.runs import checkpoint_origin, recorded_file
+from research.cli.speed import best_step_seconds, device_memory
 from research.cli.startup import process_start_time
 from research.core.learner import Learner
 from research.core.state import InvalidArgument, count_parameters
 from research.data.batches import Batches
 from research.distributed import processes
 from research.reporting import progress, record, run_files
+from research.reporting.performance import PerformanceRecorder
 from research.training import checkpoint, loop, signals
 from research.training.bad_steps import BadStep, LossWatch, state_check, without_recent
 from research.training.logs import LogEntry
+from research.transforms.observe import Observe, layer_norms, norms
+
+NORMS_EVERY = 100  # steps at least: norms cost about one step more
 
 
 class Session(NamedTuple):
@@ -138,9 +143,18 @@ def run_session(session: Session) -> int:
             remove_tracebacks(session.run.directory)
         page = write_report(session.run)
     metrics = recorder.summary["metrics"]
-    values = {name: value for name, value in metrics.items() if name.endswith("accuracy") or name in results} or metrics
-    print(f"{'  '.join(f'{name} {value:.4g}' for name, value in values.items())}\n{page}")
+    values = {name: value for name, value in metrics.items() if name.endswith("accuracy") or name in results}
+    values = progress.shown(values or metrics)
+    print(f"{_speed(session, recorder.summary)}{'  '.join(f'{name} {value:.4g}' for name, value in values.items())}\n{page}")
     return 0
+
+
+def _speed(session: Session, summary: dict[str, Any]) -> str:
+    """Returns a line about the speed of a run; none for one that was too short."""
+    if "goodput" not in summary or summary["steps_per_second"] is None:
+        return ""
+    examples = summary["steps_per_second"] * jax.tree.leaves(session.splits["train"].shapes)[0].shape[0]
+    return f"{examples:,.0f} examples/s  goodput {summary['goodput']:.0%}\n"
 
 
 def write_report(run: record.Run) -> Path:
@@ -204,9 +218,13 @@ def train(session: Session, recorder: Recorder, stop: Callable[[], bool], watch:
         _profile_hooks(session) as profile_hooks,
     ):
         log_scalars, write_weights, wait_for_tensorboard = tensorboard_hooks
+        speed = _performance_recorder(session)
 
         def log(entry: LogEntry) -> None:
             recorder.log(entry)
+            if entry.split == "train":
+                speed.log(entry.step, recorder.summary.get("seconds_waiting_for_data", 0.0))
+                recorder.summary.update({name: speed.lines[-1][name] for name in ("goodput",) if speed.lines})
             log_scalars(entry)
             show(entry)
 
@@ -234,6 +252,7 @@ def train(session: Session, recorder: Recorder, stop: Callable[[], bool], watch:
                 log=log,
                 evaluations={name: split for name, split in session.splits.items() if name not in ("train", "test")},
                 evaluate_every=session.options.evaluate_every,
+                observe=_observe(session.options),
                 # The checkpoint comes last: what belongs to the steps before it is then on disk.
                 hooks=[
                     (checkpoint_every, check_state),
@@ -262,6 +281,20 @@ def _describe(session: Session, parameters: int) -> str:
     data = session.splits["train"]
     steps = f"{session.steps - session.start.step:,} steps to go, {data.steps_per_epoch:,} in an epoch"
     return f"{parameters:,} trainable parameters; {steps} of {data.examples:,} examples"
+
+
+def _performance_recorder(session: Session) -> PerformanceRecorder:
+    data, start = session.splits["train"], session.start
+    batch_size = jax.tree.leaves(data.shapes)[0].shape[0]
+    best = best_step_seconds(session.learner, start.state, data)
+    return PerformanceRecorder(session.run, batch_size, start.step, process_start_time(), device_memory, best)
+
+
+def _observe(options: Options) -> tuple[int, Observe] | None:
+    """Returns when which norms are logged: at every log, but not more often than that costs a hundredth of the time."""
+    functions = {"none": None, "global": norms, "layers": layer_norms}
+    function = functions[options.norms]
+    return None if function is None else (options.log_every * -(-NORMS_EVERY // options.log_every), function)
 
 
 def _profile_hooks(session: Session) -> Any:

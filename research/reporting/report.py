@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from research.reporting import picture, record, run_files
+from research.reporting import performance, picture, record, run_files
 from research.reporting.run_files import Report, ignore
 
 SPLITS = {"train": "", "val": "val_", "test": "test_"}
@@ -38,7 +38,7 @@ def write_report(run: record.Run, report: Report = ignore) -> Path:
     models = [name for name in plots if (run.directory / f"{name}.keras").exists()]
     figures = [name for name in plots if name not in ("curves", *models)]
     facts = {name: value for name, value in summary.items() if name not in ("metrics", "experiment", "status")}
-    directory = run.directory.as_posix()
+    directory, speed = run.directory.as_posix(), performance.curves(run.directory)
     commands = [] if summary.get("status") == "finished" else [("resume", f"just resume {directory}")]
     commands += [
         ("open in TensorBoard", f"tensorboard --logdir {directory}/tensorboard"),
@@ -47,6 +47,7 @@ def write_report(run: record.Run, report: Report = ignore) -> Path:
     parts = [
         _section("Results", _metrics_table(run, summary.get("metrics", {}))),
         _section("Curves", *(_image(plots[name], name) for name in plots if name == "curves")),
+        _section("Speed", _image(record.png_bytes(picture.plot_curves(speed)), "speed") if speed else ""),
         _section("Figures", *(_figure(plots[name], name) for name in figures)),
         _section("Epochs", *_strips(_pictures(run.directory / "plots" / "epochs", report))),
         _section("Models", _columns(*(_figure(plots[name], name, "tall") for name in models))),

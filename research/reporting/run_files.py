@@ -4,6 +4,7 @@ What is needed raises `InvalidArgument`: `read_config`. What can be done without
 `read_summary`, `read_versions`, `read_code`, `read_metrics`, `read_png`. `tidy` clears the way for new files.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -16,7 +17,8 @@ from typing import Any, NamedTuple
 from research.core.state import InvalidArgument
 from research.training.logs import LogEntry
 
-FILES = ("versions.json", "code.json", "source.diff", "metrics.jsonl", "summary.json", "report.html")
+FILES = ("versions.json", "code.json", "source.diff", "metrics.jsonl", "performance.jsonl", "summary.json", "report.html")
+PERFORMANCE = "performance.jsonl"
 DIRECTORIES = ("plots", "tensorboard")
 MAX_DEPTH = 50  # of nested lists and objects
 MAX_STEP = 2**53  # the integers up to here are floats, too
@@ -147,6 +149,29 @@ def read_metrics(directory: Path, report: Report) -> list[LogEntry]:
     if damaged:
         report(f"{path}: {damaged} of {damaged + len(entries)} lines can't be read ({first}); they are left out")
     return entries
+
+
+def read_performance(directory: Path, report: Report) -> list[dict[str, Any]]:
+    """Returns the lines of `performance.jsonl`. Leaves out lines that can't be read; reports a file that can't.
+
+    >>> read_performance(Path("no/run"), print)
+    []
+    """
+    try:
+        lines = _read_bytes(directory / PERFORMANCE).split(b"\n")
+    except Missing:
+        return []
+    except Damage as damage:
+        report(f"{directory / PERFORMANCE}: {damage}; it is left out")
+        return []
+    found = []
+    for line in lines:
+        with contextlib.suppress(Damage):
+            values = {
+                name: value for name, value in _numbers(_object(line), "it").items() if value is not None and math.isfinite(value)
+            }
+            found += [values] if {"step", "started", "training_seconds"} <= set(values) else []
+    return found
 
 
 def read_png(path: Path, report: Report) -> bytes | None:

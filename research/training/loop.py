@@ -293,7 +293,7 @@ def _feed(
         at_epoch_start = np.bool_(chunk.start % data.steps_per_epoch == 0)
         args = (chunk.batches, chunk.positions, np.int32(chunk.steps), at_epoch_start)
         state, logs, all_logs = program.program(state, source, *args)
-        return state, {**scalars, **logs}, all_logs
+        return state, dict(sorted({**scalars, **logs}.items())), all_logs  # sorted, as a program returns them
 
     if data.resident is not None:
         source, batch_size = _resident_source(data.resident.source), jax.tree.leaves(data.shapes)[0].shape[0]

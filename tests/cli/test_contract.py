@@ -82,7 +82,7 @@ EPOCHS = "    epochs: int = 2\n"
         (
             [(DATA, 'return {"train": sibling.batches(config), "a/b": sibling.batches(config)}')],
             "",
-            "mine.py: data(config) returned a split named 'a/b'; expected letters, digits, - and _, since logs and folders are ",
+            "mine.py: data(config) returned a split named 'a/b'; expected letters, numbers, - and _, since logs and folders are ",
         ),
         (
             [(DATA, "return sibling.batches(config)")],

@@ -50,7 +50,7 @@ def test_a_run_leaves_its_config_versions_logs_pictures_and_report(finished: Pat
     for name in ("curves", "mistakes", "model"):
         assert (finished / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     page = (finished / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 3 + ('alt="speed"' in page)  # a fast machine trains too briefly for a speed
     assert "http" not in page  # opens offline
 
 

@@ -235,6 +235,7 @@ def test_hooks_see_observations_only_where_logs_are_due_and_a_resumed_run_logs_t
     again: list[research.LogEntry] = []
     research.train(learner, data, steps=5, start=4, state=state, logs=seen[4], **{**options, "log": again.append})
     assert again[0] == entries[-1]
+    assert list(entries[-1].values) == sorted(entries[-1].values)  # the lines of a log file are the same bytes, too
 
 
 def test_what_a_function_returns_is_checked_before_training() -> None:
