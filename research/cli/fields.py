@@ -51,12 +51,13 @@ def outside(annotation: Any, value: Any) -> Interval | None:
 
     >>> outside(typing.Annotated[int, Interval("[1, inf)")] | None, 0)
     Interval(text='[1, inf)')
+    >>> outside(typing.Annotated[int, Interval("[1, inf)")] | str, "auto")
     """
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         intervals = [extra for extra in arguments[1:] if isinstance(extra, Interval)]
         return next((interval for interval in intervals if value not in interval), None)
-    if origin in (typing.Union, types.UnionType) and value is not None:
+    if origin in (typing.Union, types.UnionType) and value is not None and not (isinstance(value, str) and str in arguments):
         return next((interval for interval in (outside(a, value) for a in arguments) if interval is not None), None)
     if isinstance(value, tuple | list) and origin in (tuple, list):
         items = [arguments[0]] * len(value) if arguments[1:] in ((), (...,)) else arguments

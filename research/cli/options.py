@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
+from research.cli import checkpoints
 from research.cli.fields import Interval
 from research.core.state import InvalidArgument
 
@@ -45,8 +46,15 @@ class Options:
     """Steps between two evaluations within an epoch; by default one at its end only."""
     norms: Literal["none", "global", "layers"] = "global"
     """Log the norms of gradients, updates and weights, and the learning rate: none, of all weights, or of each layer too."""
-    checkpoint_every: Annotated[int, Interval("[0, 2147483647]")] = 1000
-    """Steps between two checkpoints; 0 writes one at the end only."""
+    checkpoint_every: Annotated[int, Interval("[0, 2147483647]")] | str = "auto"
+    """How often to write a checkpoint: 500 (steps), 2epochs, 30s, 5min, 1h, 0 (at the end only), or auto: each minute, or as
+    often as takes 1% of the time."""
+    keep: Annotated[int, COUNT] = 2
+    """Number of latest checkpoints to keep."""
+    keep_every: Annotated[int, COUNT] | None = None
+    """Keep one checkpoint of each so many steps too."""
+    keep_best: str | None = None
+    """Keep the checkpoint with the best metric too, of those at the end of an epoch: val_loss:min, or val_accuracy:max."""
     on_nonfinite: OnBadStep = "stop"
     """When a step makes the loss or the state NaN or infinite: stop, skip it, or roll back to the checkpoint before it."""
     on_spike: OnBadStep | None = None
@@ -81,6 +89,8 @@ class Options:
             re.compile(self.only or "")
         except re.error as error:
             raise InvalidArgument(f"--only {self.only}: expected a regular expression ({error}).") from error
+        checkpoints.parse_cadence(self.checkpoint_every)
+        checkpoints.parse_best(self.keep_best)
         host, _, port = (self.coordinator or "localhost:1").rpartition(":")
         if not host or not (port.isascii() and port.isdigit() and 1 <= int(port[:6]) <= 65535):
             raise InvalidArgument(f"--coordinator {self.coordinator}: expected host:port, with a port from 1 to 65535.")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from research.cli.arguments import print_error
+from research.cli.checkpoints import Scores, check_best, checkpoint_hooks, once_a_step, parse_best, parse_cadence
 from research.cli.errors import remove_tracebacks
 from research.cli.experiment import Experiment
 from research.cli.options import Options
@@ -28,6 +29,7 @@ from research.reporting import progress, record, run_files
 from research.reporting.performance import PerformanceRecorder
 from research.training import checkpoint, loop, signals
 from research.training.bad_steps import BadStep, LossWatch, state_check, without_recent
+from research.training.checkpoint_policy import keep
 from research.training.logs import LogEntry
 from research.transforms.observe import Observe, layer_norms, norms
 
@@ -205,8 +207,12 @@ def train(session: Session, recorder: Recorder, stop: Callable[[], bool], watch:
     from research.reporting import tensorboard
 
     run, learner, total = session.run, session.learner, session.steps
-    data, step = session.splits["train"], session.start.step
+    data, step, options = session.splits["train"], session.start.step, session.options
     print(_describe(session, recorder.summary["parameters"]), flush=True)
+    best = parse_best(options.keep_best)
+    check_best(best, learner, session.start.state, session.splits)
+    scores = Scores(best, record.read_entries(run) if best else [])
+    kept = keep(options.keep, options.keep_every, scores)
     logged = [run.directory / name for name in ("config.json", "metrics.jsonl")]  # a checkpoint is of no use without them
 
     with (
@@ -214,7 +220,7 @@ def train(session: Session, recorder: Recorder, stop: Callable[[], bool], watch:
         tensorboard.recorder(
             run.directory / "tensorboard", learner.names, record.read_entries(run), step, print_error
         ) as tensorboard_hooks,
-        checkpoint.async_saver(run.checkpoints, learner.names, origin=checkpoint_origin(run), flush=logged) as save,
+        checkpoint.async_saver(run.checkpoints, learner.names, kept, checkpoint_origin(run), flush=logged) as save,
         _profile_hooks(session) as profile_hooks,
     ):
         log_scalars, write_weights, wait_for_tensorboard = tensorboard_hooks
@@ -225,6 +231,7 @@ def train(session: Session, recorder: Recorder, stop: Callable[[], bool], watch:
             if entry.split == "train":
                 speed.log(entry.step, recorder.summary.get("seconds_waiting_for_data", 0.0))
                 recorder.summary.update({name: speed.lines[-1][name] for name in ("goodput",) if speed.lines})
+            scores.add(entry)
             log_scalars(entry)
             show(entry)
 
@@ -232,11 +239,10 @@ def train(session: Session, recorder: Recorder, stop: Callable[[], bool], watch:
             recorder.summary["seconds_waiting_for_data"] = waited
             show_step(step, waited)
 
-        checkpoint_every = session.options.checkpoint_every or total + 1
-        check_state = state_check(session.start.state)
-
         def save_with_losses(step: int, state: Any, logs: Any) -> None:
             save(step, state, {**logs, **watch.recent()})
+
+        save_checkpoint = once_a_step(state_check(session.start.state), wait_for_tensorboard, save_with_losses)
 
         if step and (step % session.histogram_every == 0 or step == total):
             write_weights(step, session.start.state, {})
@@ -255,20 +261,19 @@ def train(session: Session, recorder: Recorder, stop: Callable[[], bool], watch:
                 observe=_observe(session.options),
                 # The checkpoint comes last: what belongs to the steps before it is then on disk.
                 hooks=[
-                    (checkpoint_every, check_state),
                     *profile_hooks,
                     *_epoch_hooks(session),
                     (session.histogram_every, write_weights),
-                    (checkpoint_every, wait_for_tensorboard),
-                    (checkpoint_every, save_with_losses),
+                    *checkpoint_hooks(
+                        parse_cadence(options.checkpoint_every), best, data.steps_per_epoch, total, save_checkpoint
+                    ),
                 ],
                 stop=stop,
                 progress=on_progress,
                 watch=watch,
             )
         except loop.Stopped as stopped:
-            check_state(stopped.step, stopped.state, {})
-            save_with_losses(stopped.step, stopped.state, stopped.logs or {})
+            save_checkpoint(stopped.step, stopped.state, stopped.logs or {})
             raise
         if "test" in session.splits:
             values = loop.evaluate(learner, session.splits["test"], trained, stop)

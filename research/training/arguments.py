@@ -93,7 +93,8 @@ def check_schedule(
             raise InvalidArgument(
                 f"train: hook {position} is {type_name(hook)}, expected a pair of a period in steps and a function: (100, hook)."
             )
-        check_integer(hook[0], f"the period of hook {position}", "train", 1)
+        if not callable(hook[0]):
+            check_integer(hook[0], f"the period of hook {position}", "train", 1)
     if observe is not None:
         if not (isinstance(observe, tuple | list) and len(observe) == 2 and callable(observe[1])):
             raise InvalidArgument(

@@ -22,6 +22,7 @@ from jaxtyping import PyTree
 from research.core.state import InvalidArgument
 from research.distributed.processes import broadcast_from_first, is_first
 from research.training import leaves, manifest
+from research.training.checkpoint_policy import Keep
 from research.training.loop import Hook
 from research.training.manifest import ANY, Origin, verify
 
@@ -52,9 +53,12 @@ def _snapshot(state: PyTree, names: PyTree) -> _Snapshot:
 
 
 def save(
-    directory: Path, step: int, state: PyTree, names: PyTree, logs: PyTree = None, keep: int = 2, origin: Origin = ANY
+    directory: Path, step: int, state: PyTree, names: PyTree, logs: PyTree = None, keep: int | Keep = 2, origin: Origin = ANY
 ) -> Path:
     """Writes a state to `directory/STEP` atomically, and removes all but the `keep` latest of its origin. Returns the path.
+
+    `keep` may also be a function from the steps of all checkpoints to those to keep, see `checkpoint_policy.keep`. The one that
+    is written stays in any case.
 
     The leaves are arrays of JAX or NumPy, or Python numbers; `state/` holds them in Orbax' layout. `manifest.json` holds the name
     (from `Learner.names`), shape and dtype of each leaf, the logs of the step, the `origin` of the checkpoint, size and checksum
@@ -87,7 +91,7 @@ def _is_saved(directory: Path, step: int, origin: Origin) -> bool:
 
 
 def _save(
-    directory: Path, step: int, snapshot: _Snapshot, logs: PyTree, keep: int, origin: Origin, flush: Sequence[Path] = ()
+    directory: Path, step: int, snapshot: _Snapshot, logs: PyTree, keep: int | Keep, origin: Origin, flush: Sequence[Path] = ()
 ) -> Path:
     """Writes a snapshot. With several processes each writes the shards of its devices, and the first one the manifest."""
     directory, final = directory.absolute(), _path(directory, step)
@@ -111,8 +115,11 @@ def _save(
         if first:
             shutil.rmtree(partial, ignore_errors=True)
     if first:
-        for old in [saved for saved in steps(directory) if saved <= step and _is_own(_path(directory, saved), origin)][:-keep]:
-            shutil.rmtree(_path(directory, old), ignore_errors=True)
+        own = [saved for saved in steps(directory) if saved <= step and _is_own(_path(directory, saved), origin)]
+        kept = {step, *(keep(own) if callable(keep) else own[-keep:])}
+        for old in own:
+            if old not in kept:
+                shutil.rmtree(_path(directory, old), ignore_errors=True)
     return final
 
 
@@ -236,7 +243,7 @@ def _restore(path: Path, like: PyTree, names: PyTree) -> Checkpoint:
 
 @contextmanager
 def async_saver(
-    directory: Path, names: PyTree, keep: int = 2, origin: Origin = ANY, flush: Sequence[Path] = ()
+    directory: Path, names: PyTree, keep: int | Keep = 2, origin: Origin = ANY, flush: Sequence[Path] = ()
 ) -> Iterator[Hook]:
     """Yields a hook for `loop.train` that saves the state in a thread while training continues.
 

@@ -70,14 +70,15 @@ class PendingLogs:
             if isinstance(value, jax.Array):
                 value.copy_to_host_async()
 
-    def flush(self) -> None:
-        """Reads the logs off the device and reports them."""
-        for step, split, logs, index in self.entries:
+    def flush(self, before: int | None = None) -> None:
+        """Reads the logs off the device and reports them: all, or those before a step."""
+        read = [entry for entry in self.entries if before is None or entry[0] < before]
+        self.entries[:] = self.entries[len(read) :]
+        for step, split, logs, index in read:
             values = to_python(logs, index)
             self.last.update({name if split == "train" else f"{split}_{name}": value for name, value in values.items()})
             if self.log is not None:
                 self.log(LogEntry(step, (step - 1) // self.steps_per_epoch, split, elements(values)))
-        self.entries.clear()
 
     def discard(self, step: int) -> None:
         """Drops the logs of this step and later ones."""

@@ -51,6 +51,7 @@ from research.transforms.observe import Observe
 MAX_PENDING_BATCHES = 8
 
 Hook = Callable[[int, Any, dict[str, Any]], Any]  # (steps done, state, logs) -> state or None
+Every = int | Callable[[int], bool]  # a period in steps, or whether a hook is due after so many steps
 
 
 class Stopped(Exception):
@@ -77,7 +78,7 @@ def train(
     log: Callable[[LogEntry], None] | None = None,
     evaluations: Mapping[str, Batches] | None = None,
     evaluate_every: int | None = None,
-    hooks: Sequence[tuple[int, Hook]] = (),
+    hooks: Sequence[tuple[Every, Hook]] = (),
     logs: dict[str, Any] | None = None,
     stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int, float], None] = lambda step, waited: None,
@@ -91,7 +92,9 @@ def train(
     of an epoch, always after the next steps were dispatched, so that the device never waits for it. A hook `(every, hook)` is
     called after every `every`-th step and the last one, before the next dispatch and after the logs of all earlier steps: a
     checkpoint that it writes has them behind it. If it returns a state, training continues with that. The state that it receives
-    is donated afterwards; copy what has to outlive the call.
+    is donated afterwards; copy what has to outlive the call. `every` may also be a function: it is called with the number of
+    steps done after each dispatch, and returns whether the hook is due. With several processes it must return the same in each,
+    see `processes.any_process`.
 
     Between two hooks, one dispatch runs as many steps as take about 0.1 seconds, with bitwise equal results. After each dispatch
     `progress` is called with the number of dispatched steps and the seconds spent waiting for batches, then `stop`. If `stop`
@@ -134,7 +137,7 @@ def train(
     pending = PendingLogs(data.steps_per_epoch, total, log_every, log, evaluators, observe_every, evaluate_every)
     done, pacer = start, DispatchPacer(lagged_min(1))
     watched = Watched(watch)
-    periods = [every for every, _ in hooks]
+    periods = [every for every, _ in hooks if not callable(every)]
     stops = [data.steps_per_epoch, *periods, *filter(None, (observe_every, evaluate_every if evaluations else None))]
     bounds = chunk_bounds(start, total, stops, pacer, program.capacity)
     bounds = split_before_observed(split_before_hooks(bounds, periods, total, pending.due), pending.observed)
@@ -154,8 +157,10 @@ def train(
                 done = chunk.start + chunk.steps
                 pending.schedule(chunk.start + 1, done, logs, all_logs)
                 for every, hook in hooks:
-                    if done % every == 0 or done == total:
+                    due = every(done) if callable(every) else done % every == 0
+                    if due or done == total:
                         watched.check(later=0)
+                        pending.flush(before=done)
                         new_state = hook(done, state, logs)
                         state = state if new_state is None else new_state
                 pending.evaluate(done, state)

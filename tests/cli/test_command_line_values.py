@@ -75,7 +75,10 @@ def test_every_number_of_every_experiment_has_an_interval_and_values_outside_of_
         (["--data", "cifar"], "invalid choice 'cifar' for argument '--data'. Expected one of ('sklearn', 'mnist', "),
         (["--log-every", "0"], "--log-every 0: expected a value in [1, 2147483647]"),
         (["--log-every", "-3"], "--log-every -3: expected a value in [1, 2147483647]"),
-        (["--checkpoint-every", "-1"], "--checkpoint-every -1: expected a value in [0, 2147483647]"),
+        (
+            ["--checkpoint-every", "-1"],
+            "--checkpoint-every -1: expected steps (500; 0 for the end only), 2epochs, 30s, 5min, 1h or auto",
+        ),
         (["--profile", "0", "3"], "--profile (0, 3): expected a value in [1, 2147483647]"),
         (["--profile", "5", "2"], "--profile 5 2: expected the first and last step, with the last not before the first"),
         (["--profile", "5"], "--profile: no type matching {None}|{INT INT} could be instantiated from ['5']"),

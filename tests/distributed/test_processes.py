@@ -96,6 +96,7 @@ def test_a_checkpoint_of_two_processes_resumes_on_any_number(tmp_path: Path) -> 
 def test_a_run_of_two_processes_ends_like_an_undisturbed_one_after_a_stop_and_a_kill(tmp_path: Path) -> None:
     lengths = ["--epochs", "4", "--log-every", "1", "--checkpoint-every", "20"]
     options = ["--devices", "1", "run", "digits", "--mesh", "fsdp=-1", *lengths]
+    by_the_clock = [*options[:-1], "0.5s"]  # at steps on which the processes have to agree
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     result = run(2, *options, "--run-dir", undisturbed)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -115,7 +116,7 @@ def test_a_run_of_two_processes_ends_like_an_undisturbed_one_after_a_stop_and_a_
         while time.monotonic() < deadline and not any(int(p.name) >= step for p in (disturbed / "checkpoints").glob("0*")):
             time.sleep(0.01)
 
-    first = start(*options, "--run-dir", str(disturbed))
+    first = start(*by_the_clock, "--run-dir", str(disturbed))
     wait_for_checkpoint(20)
     first.send_signal(signal.SIGTERM)
     _, errors = first.communicate(timeout=60)

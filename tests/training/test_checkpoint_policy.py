@@ -1,0 +1,67 @@
+"""Hooks that are due by the clock change no numbers, and come after the logs of all earlier steps; what is kept stays."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small_training import assert_same_weights, data, learner
+
+import research
+from research.data import prefetch
+from research.training import checkpoint
+from research.training.checkpoint_policy import keep
+from research.training.logs import LogEntry
+
+
+@pytest.mark.parametrize("dispatch_seconds", [1000, 0])  # many steps at once, or single ones
+def test_a_hook_that_is_due_by_a_function_comes_after_all_earlier_logs_and_changes_nothing(
+    dispatch_seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefetch, "DISPATCH_SECONDS", dispatch_seconds)
+    order: list[Any] = []
+    asked: list[int] = []
+
+    def every(step: int) -> bool:
+        asked.append(step)
+        return len(asked) % 3 == 0
+
+    def log(entry: LogEntry) -> None:
+        order.append(entry)
+
+    hooks = [(every, lambda step, state, logs: order.append((step, dict(logs))))]
+    state, logs = research.train(learner(), data(), steps=43, log_every=2, log=log, hooks=hooks)
+    plain: list[LogEntry] = []
+    expected, expected_logs = research.train(learner(), data(), steps=43, log_every=2, log=plain.append)
+    assert_same_weights(state, expected)
+    assert logs == expected_logs
+    assert [each for each in order if isinstance(each, LogEntry)] == plain
+    hooked = [each for each in order if not isinstance(each, LogEntry)]
+    assert [step for step, _ in hooked] == sorted({*asked[2::3], 43})
+    for step, logs in hooked:
+        before = order[: next(i for i, each in enumerate(order) if each[0] == step and not isinstance(each, LogEntry))]
+        assert [entry for entry in before if isinstance(entry, LogEntry)] == [entry for entry in plain if entry.step < step]
+        assert all(np.isfinite(log) for log in logs.values())
+
+
+def test_every_dispatch_asks_once_whether_a_hook_is_due() -> None:
+    asked: list[int] = []
+
+    def never(step: int) -> bool:
+        asked.append(step)
+        return False
+
+    called: list[int] = []
+    research.train(learner(), data(), steps=20, hooks=[(never, lambda step, *_: called.append(step))])
+    assert called == [20]
+    assert asked[-1] == 20
+    assert asked == sorted(set(asked))
+
+
+def test_checkpoints_that_are_to_be_kept_stay_and_others_go(tmp_path: Path) -> None:
+    names, scores = {"w": "weight"}, {1: 0.2, 3: 0.9, 4: float("nan"), 5: 0.9}
+    for step in range(1, 12):
+        checkpoint.save(tmp_path / "c", step, {"w": np.full(2, step)}, names, keep=keep(last=2, every=4, scores=scores))
+    assert checkpoint.steps(tmp_path / "c") == [3, 4, 8, 10, 11]
+    checkpoint.save(tmp_path / "c", 12, {"w": np.full(2, 12)}, names, keep=lambda steps: [])
+    assert checkpoint.steps(tmp_path / "c") == [12]
