@@ -10,6 +10,7 @@ from research.core.learner import Learner
 from research.core.state import InvalidArgument
 from research.data.batches import Batches
 from research.distributed import processes
+from research.reporting import record
 from research.training.checkpoint_policy import Timer
 from research.training.logs import LogEntry
 from research.training.loop import Every, Hook
@@ -128,6 +129,12 @@ class Scores(dict[int, float]):
         for name, value in entry.values.items():
             if self.best is not None and prefix + name == self.best.metric:
                 self[entry.step] = value if self.best.highest else -value
+
+
+def recorded_scores(keep_best: str | None, run: record.Run) -> Scores:
+    """Returns the scores in a run's metrics.jsonl."""
+    best = parse_best(keep_best)
+    return Scores(best, record.read_entries(run) if best else [])
 
 
 def check_best(best: Best | None, learner: Learner, state: Any, splits: dict[str, Batches]) -> None:

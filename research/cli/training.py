@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from research.cli.arguments import print_error
-from research.cli.checkpoints import Scores, check_best, checkpoint_hooks, once_a_step, parse_best, parse_cadence
+from research.cli.checkpoints import check_best, checkpoint_hooks, once_a_step, parse_best, parse_cadence, recorded_scores
 from research.cli.errors import remove_tracebacks
 from research.cli.experiment import Experiment
 from research.cli.options import Options
@@ -102,6 +102,13 @@ class Recorder:
         self.summary.update(steps=entry.step, epochs=entry.step / self.steps_per_epoch)
         self.summary["steps_per_second"] = steps / seconds if steps and seconds else None
         record.append_entry(self.run, entry)
+
+    def log_speed(self, entry: LogEntry, speed: PerformanceRecorder) -> None:
+        """Records the speed up to the log of a training step."""
+        if entry.split == "train":
+            speed.log(entry.step, self.summary.get("seconds_waiting_for_data", 0.0))
+            if speed.lines:
+                self.summary["goodput"] = speed.lines[-1]["goodput"]
 
     def write_summary(self, status: str) -> None:
         """Writes summary.json."""
@@ -211,7 +218,7 @@ def train(session: Session, recorder: Recorder, stop: Callable[[], bool], watch:
     print(_describe(session, recorder.summary["parameters"]), flush=True)
     best = parse_best(options.keep_best)
     check_best(best, learner, session.start.state, session.splits)
-    scores = Scores(best, record.read_entries(run) if best else [])
+    scores = recorded_scores(options.keep_best, run)
     kept = keep(options.keep, options.keep_every, scores)
     logged = [run.directory / name for name in ("config.json", "metrics.jsonl")]  # a checkpoint is of no use without them
 
@@ -228,9 +235,7 @@ def train(session: Session, recorder: Recorder, stop: Callable[[], bool], watch:
 
         def log(entry: LogEntry) -> None:
             recorder.log(entry)
-            if entry.split == "train":
-                speed.log(entry.step, recorder.summary.get("seconds_waiting_for_data", 0.0))
-                recorder.summary.update({name: speed.lines[-1][name] for name in ("goodput",) if speed.lines})
+            recorder.log_speed(entry, speed)
             scores.add(entry)
             log_scalars(entry)
             show(entry)
@@ -246,38 +251,53 @@ def train(session: Session, recorder: Recorder, stop: Callable[[], bool], watch:
 
         if step and (step % session.histogram_every == 0 or step == total):
             write_weights(step, session.start.state, {})
-        try:
-            trained, _ = loop.train(
-                learner,
-                data,
-                steps=total,
-                start=step,
-                state=session.start.state,
-                logs=without_recent(session.start.logs),
-                log_every=session.options.log_every,
-                log=log,
-                evaluations={name: split for name, split in session.splits.items() if name not in ("train", "test")},
-                evaluate_every=session.options.evaluate_every,
-                observe=_observe(session.options),
-                # The checkpoint comes last: what belongs to the steps before it is then on disk.
-                hooks=[
-                    *profile_hooks,
-                    *_epoch_hooks(session),
-                    (session.histogram_every, write_weights),
-                    *checkpoint_hooks(
-                        parse_cadence(options.checkpoint_every), best, data.steps_per_epoch, total, save_checkpoint
-                    ),
-                ],
-                stop=stop,
-                progress=on_progress,
-                watch=watch,
-            )
-        except loop.Stopped as stopped:
-            save_checkpoint(stopped.step, stopped.state, stopped.logs or {})
-            raise
+        cadence = parse_cadence(options.checkpoint_every)
+        hooks = [
+            *profile_hooks,
+            *_epoch_hooks(session),
+            (session.histogram_every, write_weights),
+            # The checkpoint comes last: what belongs to the steps before it is then on disk.
+            *checkpoint_hooks(cadence, best, data.steps_per_epoch, total, save_checkpoint),
+        ]
+        trained = _train_loop(session, hooks, save_checkpoint, log, on_progress, stop, watch)
         if "test" in session.splits:
             values = loop.evaluate(learner, session.splits["test"], trained, stop)
             log(LogEntry(total, max(0, total - 1) // data.steps_per_epoch, "test", values))
+    return trained
+
+
+def _train_loop(
+    session: Session,
+    hooks: list[tuple[loop.Every, loop.Hook]],
+    save_checkpoint: loop.Hook,
+    log: Callable[[LogEntry], None],
+    on_progress: Callable[[int, float], None],
+    stop: Callable[[], bool],
+    watch: LossWatch,
+) -> Any:
+    """Trains to the last step and returns the state; if training is stopped, after a checkpoint."""
+    start, options = session.start, session.options
+    try:
+        trained, _ = loop.train(
+            session.learner,
+            session.splits["train"],
+            steps=session.steps,
+            start=start.step,
+            state=start.state,
+            logs=without_recent(start.logs),
+            log_every=options.log_every,
+            log=log,
+            evaluations={name: split for name, split in session.splits.items() if name not in ("train", "test")},
+            evaluate_every=options.evaluate_every,
+            observe=_observe(options),
+            hooks=hooks,
+            stop=stop,
+            progress=on_progress,
+            watch=watch,
+        )
+    except loop.Stopped as stopped:
+        save_checkpoint(stopped.step, stopped.state, stopped.logs or {})
+        raise
     return trained
 
 
