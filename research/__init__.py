@@ -51,6 +51,7 @@ from research.keras_fit.write_back import part, write_back
 from research.training import loop as _loop
 from research.training.logs import LogEntry
 from research.training.loop import train
+from research.training.portable import export_step
 from research.training.warm_start import RestoreReport, restore
 from research.transforms.accumulate import accumulate
 from research.transforms.from_loss import learner
@@ -84,6 +85,7 @@ __all__ = [
     "check_learner",
     "count_parameters",
     "evaluate",
+    "export_step",
     "fit",
     "from_arrays",
     "from_batches",

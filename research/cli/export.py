@@ -1,40 +1,79 @@
-"""Writes the Keras models of a run, with the weights of its latest checkpoint: `export RUN`."""
+"""Writes what others can use of a run's latest checkpoint: its Keras models, or its training step.
 
-from research.cli.arguments import fail, print_error
+just export digits                       # model.keras and model.weights.h5
+just export digits --step                # exported/STEP: programs for CPU, GPU and TPU, the state, and a script that trains on
+just export digits --step --batches 100  # with the next 100 batches of the run
+
+Where TensorFlow is installed, --step writes the predictions as a SavedModel too.
+"""
+
+import importlib.util
+from pathlib import Path
+
+from research.cli.arguments import Parser, UsageError, fail, print_error
+from research.cli.contract import check_splits
 from research.cli.errors import describe_error
 from research.cli.outputs import build_models, save_models
-from research.cli.runs import load_run
+from research.cli.runs import RecordedRun, load_run
 from research.cli.startup import check_devices
+from research.core.learner import Learner
 from research.core.state import InvalidArgument
+from research.training import checkpoint, portable
+
+MAX_BATCHES = 10_000
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command line; returns the exit code.
 
-    >>> main(["--help"])
+    >>> main([])
     2
     """
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        return fail("just export RUN: one run directory, or an experiment's name for its latest run.", 2)
-    from research.training import checkpoint
-
+    parser = Parser("just export", __doc__)
+    parser.add_argument("run", help="a run directory, or an experiment's name for its latest run")
+    parser.add_argument("--step", action="store_true", help="write the training step, for use without this package")
+    parser.add_argument("--batches", type=int, default=3, help="how many of the run's next batches to write with it")
+    try:
+        parsed = parser.parse_args(arguments)
+        if not 1 <= parsed.batches <= MAX_BATCHES:
+            raise UsageError(f"--batches {parsed.batches}: expected a value in [1, {MAX_BATCHES}]")
+    except UsageError as error:
+        usage = "one run directory, or an experiment's name for its latest run"
+        return fail(f"just export RUN: {error if arguments else usage}.", 2)
     try:
         check_devices()
-        run = load_run(arguments[0])
+        run = load_run(parsed.run)
     except InvalidArgument as error:
         return fail(str(error), 1)
-    module = run.experiment.module
     try:
-        directory = run.directory / "checkpoints"
-        if not directory.exists():
-            raise InvalidArgument(f"{run.directory}: it has no checkpoint yet; go on with it first: just resume {run.directory}")
-        learner = module.build(run.config)
-        restored = checkpoint.restore_latest(directory, learner.init(), learner.names, print_error, run.origin)
-        assert restored is not None
-        paths = save_models(run.directory, build_models(module, run.config, restored.state))
+        learner, restored = _restore(run)
+        if parsed.step:
+            print(f"step {restored.step}: {_export_step(run, learner, restored, parsed.batches)}")
+            return 0
+        paths = save_models(run.directory, build_models(run.experiment.module, run.config, restored.state))
     except InvalidArgument as error:
         return fail(str(error), 1)
     except Exception as error:
         return fail(f"{describe_error(error)}; nothing was exported.", 1)
     print(f"step {restored.step}: " + (", ".join(map(str, paths)) or f"{run.experiment.name} defines no Keras models"))
     return 0
+
+
+def _restore(run: RecordedRun) -> tuple[Learner, checkpoint.Checkpoint]:
+    directory = run.directory / "checkpoints"
+    if not directory.exists():
+        raise InvalidArgument(f"{run.directory}: it has no checkpoint yet; go on with it first: just resume {run.directory}")
+    learner = run.experiment.module.build(run.config)
+    restored = checkpoint.restore_latest(directory, learner.init(), learner.names, print_error, run.origin)
+    assert restored is not None
+    return learner, restored
+
+
+def _export_step(run: RecordedRun, learner: Learner, restored: checkpoint.Checkpoint, count: int) -> Path:
+    data = check_splits(run.experiment, run.experiment.module.data(run.config))["train"]
+    batches = [data.batch(step) for step in range(restored.step, restored.step + count)]
+    folder = run.directory / "exported" / f"{restored.step:09d}"
+    portable.export_step(learner, restored.state, batches, folder, step=restored.step, steps_per_epoch=data.steps_per_epoch)
+    if importlib.util.find_spec("tensorflow") is not None and (folder / "predict.jax").exists():
+        portable.write_saved_model(folder)
+    return folder
