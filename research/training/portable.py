@@ -32,11 +32,12 @@ import numpy as np
 from jax import export
 
 HERE = Path(__file__).parent
+PLATFORM = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
 info = json.loads((HERE / "step.json").read_text())
 
 
 def program(file):
-    return jax.jit(export.deserialize(bytearray((HERE / file).read_bytes())).call)
+    return jax.jit(export.deserialize(bytearray((HERE / PLATFORM / file).read_bytes())).call)
 
 
 def arrays(file, leaves):
@@ -67,10 +68,11 @@ def export_step(
 ) -> Path:
     """Writes a learner's functions, a state and some batches into a new folder, with a script that trains on. Returns its path.
 
-    - `train.jax`: (state, batch) -> (state, logs), with `state` and `batch` lists of arrays and `logs` a dict of arrays.
-      `evaluate.jax` has the same form, `reset.jax` is state -> state, `predict.jax` returns a list; it is left out if `predict`
-      does not take these batches. Batches of other sizes have programs of their own, `train-1.jax` and so on. Each runs on CPU,
-      GPU (CUDA) and TPU. The `.mlir` files are their text.
+    - `cpu/`, `cuda/` and `tpu/`: the programs for each. `train.jax` is (state, batch) -> (state, logs), with `state` and `batch`
+      lists of arrays and `logs` a dict of arrays. `evaluate.jax` has the same form, `reset.jax` is state -> state, `predict.jax`
+      returns a list; it is left out if `predict` does not take these batches. Batches of other sizes have programs of their own,
+      `train-1.jax` and so on. The `.mlir` files are their text.
+    - `predict.jax`: one program for all three, which may round otherwise; `write_saved_model` takes it.
     - `state.npz`, `batches/0.npz`, ...: the arrays.
     - `step.json`: name, shape and dtype of each array, the number of steps done, versions, and SHA-256 digests of the files.
     - `train.py`: trains on with the batches, without this package and Keras, and writes `trained.npz`.
@@ -84,8 +86,9 @@ def export_step(
     >>> learner = research.supervised(keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)]), loss="mse", optimizer="sgd")
     >>> batch = research.Batch(np.ones((2, 1), "float32"), np.zeros((2, 1), "float32"))
     >>> folder = export_step(learner, learner.init(), [batch], Path(tempfile.mkdtemp()) / "step")
-    >>> sorted(path.name for path in folder.iterdir() if path.suffix != ".mlir")
-    ['batches', 'evaluate.jax', 'predict.jax', 'reset.jax', 'state.npz', 'step.json', 'train.jax', 'train.py']
+    >>> sorted(path.name for path in folder.iterdir()), sorted(path.name for path in (folder / "tpu").glob("*.jax"))
+    (['batches', 'cpu', 'cuda', 'predict.jax', 'state.npz', 'step.json', 'tpu', 'train.py'],
+     ['evaluate.jax', 'predict.jax', 'reset.jax', 'train.jax'])
     """
     if directory.exists():
         raise InvalidArgument(f"{directory}: it exists already; choose another folder, or remove it.")
@@ -120,9 +123,9 @@ def _write(learner: Learner, state: Any, batches: Sequence[PyTree], partial: Pat
     for name, written in programs.items():
         for i, (rows, arrays) in enumerate(shapes.items()):
             file = f"{name}-{i}.jax" if i else f"{name}.jax"
-            outputs[name] = _export(functions[name], (leaves, arrays), partial / file)
+            outputs[name] = _export(functions[name], (leaves, arrays), partial, file)
             written.append({"file": file, "rows": rows})
-    _export(functions["reset"], (leaves,), partial / "reset.jax")
+    _export(functions["reset"], (leaves,), partial, "reset.jax")
     np.savez(partial / "state.npz", *map(np.asarray, leaves))
     files = [f"batches/{i}.npz" for i in range(len(batches))]
     for file, batch in zip(files, batches, strict=True):
@@ -189,12 +192,17 @@ def _is_key(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _export(function: Callable[..., Any], arguments: tuple[Any, ...], path: Path) -> Any:
-    """Writes a program for these arguments, and its text. Returns the shapes of its results."""
+def _export(function: Callable[..., Any], arguments: tuple[Any, ...], directory: Path, file: str) -> Any:
+    """Writes a program for these arguments, for each platform, and its text. Returns the shapes of its results."""
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
-    exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(*shapes)
-    path.write_bytes(exported.serialize())
-    path.with_suffix(".mlir").write_text(exported.mlir_module())
+    for platform in PLATFORMS:  # one program for all may be compiled to other bits
+        exported = jax.export.export(jax.jit(function), platforms=[platform])(*shapes)
+        path = directory / platform / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(exported.serialize())
+        path.with_suffix(".mlir").write_text(exported.mlir_module())
+    if file == "predict.jax":
+        (directory / file).write_bytes(jax.export.export(jax.jit(function), platforms=PLATFORMS)(*shapes).serialize())
     return jax.tree.unflatten(exported.out_tree, exported.out_avals)
 
 
@@ -230,7 +238,7 @@ def write_saved_model(directory: Path) -> Path:
     info = json.loads((directory / "step.json").read_text())
     if not info["predictions"]:
         raise InvalidArgument(f"{directory}: it has no predict.jax; a SavedModel needs a learner that predicts from its batches.")
-    exported = jax.export.deserialize(bytearray((directory / info["predict"][0]["file"]).read_bytes()))
+    exported = jax.export.deserialize(bytearray((directory / "predict.jax").read_bytes()))
     with np.load(directory / "state.npz") as stored:
         state = [stored[f"arr_{i}"].view(jnp.dtype(leaf["dtype"])) for i, leaf in enumerate(info["state"])]
     inputs = {leaf["name"].replace("/", "_"): tf.TensorSpec(leaf["shape"], leaf["dtype"]) for leaf in info["batch"]}
@@ -239,7 +247,7 @@ def write_saved_model(directory: Path) -> Path:
     def predict(batch: dict[str, Any]) -> dict[str, Any]:
         return dict(zip(outputs, exported.call(state, [batch[name] for name in inputs]), strict=True))
 
-    converted = jax2tf.convert(predict, with_gradient=False, native_serialization_platforms=exported.platforms)
+    converted = jax2tf.convert(predict, with_gradient=False, native_serialization_platforms=PLATFORMS)
     module = tf.Module()
     module.predict = tf.function(lambda **batch: converted(batch), autograph=False).get_concrete_function(**inputs)
     tf.saved_model.save(module, str(directory / "saved_model"), signatures=module.predict)

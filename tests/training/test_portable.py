@@ -91,11 +91,12 @@ def test_programs_run_on_every_platform_and_the_files_say_what_they_hold(tmp_pat
         {"name": "y", "shape": [8], "dtype": "int32"},
     ]
     assert [leaf["name"] for leaf in contents["state"]] == jax.tree.leaves(subject.names)
-    for name in ("train", "evaluate", "predict", "reset"):
-        exported = jax.export.deserialize(bytearray((folder / f"{name}.jax").read_bytes()))
-        assert exported.platforms == ("cpu", "cuda", "tpu")
-        assert "stablehlo" in (folder / f"{name}.mlir").read_text()
-    predict = jax.export.deserialize(bytearray((folder / "predict.jax").read_bytes()))
+    for platform in ("cpu", "cuda", "tpu"):
+        for name in ("train", "evaluate", "predict", "reset"):
+            exported = jax.export.deserialize(bytearray((folder / platform / f"{name}.jax").read_bytes()))
+            assert exported.platforms == (platform,)
+            assert "stablehlo" in (folder / platform / f"{name}.mlir").read_text()
+    predict = jax.export.deserialize(bytearray((folder / "cpu" / "predict.jax").read_bytes()))
     (outputs,) = predict.call(jax.tree.leaves(state), [X[:8], Y[:8]])
     np.testing.assert_array_equal(outputs, subject.predict(state, batch))
 
