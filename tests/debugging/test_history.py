@@ -178,7 +178,10 @@ def test_a_run_stops_at_a_bad_step_in_one_line_and_goes_on_with_another_option(t
     [
         (["--on-nonfinite", "skip"], Decision(30, 29, NONFINITE)),
         (["--on-nonfinite", "rollback"], Decision(30, 20, NONFINITE)),
-        (["--bad", "50", "--weight", "1000", "--on-spike", "rollback", "--spike-window", "16"], Decision(50, 40, SPIKE)),
+        (
+            ["--bad", "50", "--weight", "1000", "--on-spike", "rollback", "--spike-window", "16", "--keep", "99"],
+            Decision(50, 40, SPIKE),
+        ),
     ],
 )
 def test_a_run_past_a_bad_step_ends_with_the_state_that_its_decisions_say(
@@ -202,6 +205,8 @@ def test_a_run_past_a_bad_step_ends_with_the_state_that_its_decisions_say(
     same = [line["step"] for line in lines if line["split"] == "train" and values.get(line["step"]) == line["values"]]
     replaced = range(decision.restored + 1, decision.step + 1)
     assert set(same) >= {1, 10, 20, 30, 40, 45, 50, 60, 70, 80, 90} - {*replaced}
+    kept = [20, 40, 50, 60, 80, 90] if "--keep" in options else [80, 90]
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == kept
 
 
 @pytest.mark.slow
