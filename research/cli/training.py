@@ -84,7 +84,8 @@ class Recorder:
             "status": "failed",
             "steps": step,
             "epochs": 0,
-            "metrics": {},
+            # Of earlier starts too: not every log has every metric.
+            "metrics": record.latest_metrics(record.read_entries(session.run)),
             "resumed_from": step or None,
         }
         self.summary["parameters"] = count_parameters(session.start.state)
@@ -97,8 +98,7 @@ class Recorder:
             self.first = (entry.step, now)
             self.summary["seconds_to_first_step"] = now - process_start_time()
         steps, seconds = entry.step - self.first[0], now - self.first[1]
-        prefix = "" if entry.split == "train" else f"{entry.split}_"
-        self.summary["metrics"].update({prefix + name: value for name, value in entry.values.items()})
+        self.summary["metrics"].update(record.latest_metrics([entry]))
         self.summary.update(steps=entry.step, epochs=entry.step / self.steps_per_epoch)
         self.summary["steps_per_second"] = steps / seconds if steps and seconds else None
         record.append_entry(self.run, entry)

@@ -11,7 +11,7 @@ import re
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -222,8 +222,21 @@ def read_run(directory: Path, report: Report = ignore) -> tuple[Run, dict[str, A
     entries, summary = run_files.read_metrics(directory, report), run_files.read_summary(directory, report)
     if summary is not None:
         return run, summary
-    metrics = {("" if e.split == "train" else f"{e.split}_") + name: value for e in entries for name, value in e.values.items()}
-    return run, {"status": "not finished", "steps": max((e.step for e in entries), default=0), "metrics": metrics}
+    steps = max((entry.step for entry in entries), default=0)
+    return run, {"status": "not finished", "steps": steps, "metrics": latest_metrics(entries)}
+
+
+def latest_metrics(entries: Iterable[LogEntry]) -> dict[str, float]:
+    """Returns the last value of each metric, by its name, which begins with that of its split: `val_loss`.
+
+    >>> latest_metrics([LogEntry(1, 0, "train", {"loss": 0.5}), LogEntry(1, 0, "val", {"loss": 0.6})])
+    {'loss': 0.5, 'val_loss': 0.6}
+    """
+    return {
+        ("" if entry.split == "train" else f"{entry.split}_") + name: value
+        for entry in entries
+        for name, value in entry.values.items()
+    }
 
 
 def append_entry(run: Run, entry: LogEntry) -> None:

@@ -57,6 +57,19 @@ def test_an_unchanged_run_goes_on_without_a_word(directory: Path, capsys: pytest
     assert (capsys.readouterr().err, resumed_from(directory)) == ("", 6)
 
 
+def test_the_summary_of_a_resumed_run_has_the_metrics_logged_before_it_was_stopped(directory: Path) -> None:
+    arguments = ["mine.py", "--run-dir", "longer", "--epochs", "30", "--checkpoint-every", "110"]
+    assert run.main(arguments) == 0  # 120 steps; norms are logged after step 100
+    summary = Path("longer/summary.json")
+    expected = strict(summary.read_text())["metrics"]
+    assert "gradient_norm" in expected
+    summary.unlink()
+    shutil.rmtree(Path("longer/checkpoints") / f"{120:09d}")
+    assert resume.main(["longer"]) == 0
+    assert resumed_from(Path("longer")) == 110
+    assert strict(summary.read_text())["metrics"] == expected
+
+
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [("mine.py", "Fits a line.", "Fits no line."), ("sibling.py", "size=(32, 4)", "scale=2, size=(32, 4)")],

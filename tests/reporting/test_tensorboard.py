@@ -285,7 +285,9 @@ def test_the_browser_shows_scalars_images_histograms_graph_and_embeddings_of_a_r
         deadline = time.monotonic() + 120  # TensorBoard reads the files in a thread
         while not tags_of("images").get("train") and time.monotonic() < deadline:
             time.sleep(0.2)
-        assert tags_of("scalars") == {split: {"loss", "accuracy"} for split in ("train", "val", "test")}
+        observed = {"gradient_norm", "update_norm", "weight_norm", "learning_rate"}
+        logs = {"loss", "accuracy"}
+        assert tags_of("scalars") == {"train": logs | observed, "val": logs, "test": logs}
         assert tags_of("images") == {"train": {"pictures/curves", "pictures/mistakes", "pictures/model"}}
         weights = [f"sequential/{layer}/{part}" for layer in ("dense", "dense_1") for part in ("kernel", "bias")]
         outputs = ["rescaling", "flatten", "dense", "dropout", "dense_1"]
