@@ -21,6 +21,7 @@ from jaxtyping import PyTree
 
 from research.core.state import InvalidArgument
 from research.distributed.processes import broadcast_from_first, is_first
+from research.errors import one_line
 from research.training import leaves, manifest
 from research.training.checkpoint_policy import Keep
 from research.training.loop import Hook
@@ -100,7 +101,7 @@ def _save(
     several, first = jax.process_count() > 1, is_first()
     try:
         if first:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
         (leaves.write_distributed if several else leaves.write)(writing / "state", snapshot.arrays)
         if first:
             manifest.write(writing, step, snapshot.specs, snapshot.weak, jax.device_get(logs or {}), origin)
@@ -113,13 +114,13 @@ def _save(
         raise OSError(f"checkpoint of step {step} can't be written to {directory}: {reason}") from error
     finally:
         if first:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
     if first:
         own = [saved for saved in steps(directory) if saved <= step and _is_own(_path(directory, saved), origin)]
         kept = {step, *(keep(own) if callable(keep) else own[-keep:])}
         for old in own:
             if old not in kept:
-                shutil.rmtree(_path(directory, old), ignore_errors=True)
+                _remove(_path(directory, old))
     return final
 
 
@@ -134,11 +135,19 @@ def _is_own(path: Path, origin: Origin) -> bool:
     return True
 
 
+def _remove(path: Path) -> None:
+    """Removes what there is: a directory, or a link or a file in its place, but nothing that a link leads to."""
+    if path.is_symlink() or path.is_file():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+
+
 def _publish(partial: Path, final: Path) -> None:
     """Moves `partial/STEP`, which is on the disk, to `final`, and flushes the entries that lead to it."""
     directory = final.parent
     if directory.exists():
-        shutil.rmtree(final, ignore_errors=True)  # one that is damaged or does not belong here
+        _remove(final)  # one that is damaged or does not belong here
         (partial / final.name).rename(final)
         manifest.sync([directory])
     else:
@@ -236,7 +245,13 @@ def restore_latest(
 def _restore(path: Path, like: PyTree, names: PyTree) -> Checkpoint:
     contents = manifest.read(path)
     leaves.check_same(path, contents.leaves, like, names)
-    state = leaves.read(path / "state", like, contents.leaves, contents.weak_types)
+    try:
+        state = leaves.read(path / "state", like, contents.leaves, contents.weak_types)
+    except Exception as error:  # files that someone wrote a manifest for raise what they like in TensorStore
+        reason = f"its state can't be read ({one_line(error, 200)})"
+        raise InvalidArgument(
+            f"checkpoint {path} can't be restored: {reason}; choose another one, or one from a backup."
+        ) from error
     logs = {name: np.array(value, np.float64) for name, value in contents.logs.items()}  # null becomes NaN
     return Checkpoint(contents.step, state, logs)
 

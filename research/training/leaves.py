@@ -14,6 +14,7 @@ from research.core.state import InvalidArgument
 
 # Leaves of these dtypes are written as uint8, which has room for their bits: TensorStore can't write them.
 WRITTEN_AS_UINT8 = ("uint2", "uint4", "float8_e4m3")
+MAX_KEY_LENGTH = 64  # numbers in a random key; JAX has at most 4
 
 
 def leaf_specs(state: PyTree, names: PyTree) -> list[list[Any]]:
@@ -204,7 +205,8 @@ def write_distributed(directory: Path, leaves: Sequence[Any]) -> None:
 def read(directory: Path, like: PyTree, specs: Sequence[Sequence[Any]], weak: Sequence[int]) -> PyTree:
     """Reads a state like `like`, a tree of arrays, numbers or `jax.ShapeDtypeStruct`s, each device only its own shards.
 
-    `specs` and `weak` are the `leaf_specs` and `weak_types` of the state that was written.
+    `specs` and `weak` are the `leaf_specs` and `weak_types` of the state that was written. Raises `ValueError` if the files hold
+    arrays of other shapes or dtypes.
 
     >>> import tempfile
     >>> directory = Path(tempfile.mkdtemp()) / "state"
@@ -213,11 +215,16 @@ def read(directory: Path, like: PyTree, specs: Sequence[Sequence[Any]], weak: Se
     [Array([0, 1], dtype=int32), 0.5]
     """
     import orbax.checkpoint as ocp  # slow to import, and needed only here
+    import tensorstore as ts
 
     leaves, structure = jax.tree.flatten(like)
     targets = {f"{i:05d}": _target(leaf) for i, leaf in enumerate(leaves)}
     as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
     on_devices = ocp.checkpoint_utils.construct_restore_args(targets)
+    context = ts.Context()
+    opened = [_open(directory, i, context) for i in range(len(leaves))]
+    for i, (array, (_, shape, dtype)) in enumerate(zip(opened, specs, strict=True)):
+        _check_stored(array.result(), i, dtype, shape)
     restore_args = {key: on_devices[key] if isinstance(leaf, jax.ShapeDtypeStruct) else as_numpy for key, leaf in targets.items()}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         arrays = checkpointer.restore(directory.absolute(), args=ocp.args.PyTreeRestore(item=targets, restore_args=restore_args))
@@ -227,10 +234,13 @@ def read(directory: Path, like: PyTree, specs: Sequence[Sequence[Any]], weak: Se
     return jax.tree.unflatten(structure, restored)
 
 
-def reader(directory: Path, position: int, dtype: str) -> Callable[[tuple[slice, ...]], np.ndarray]:
+def reader(
+    directory: Path, position: int, dtype: str, shape: Sequence[int] | None = None
+) -> Callable[[tuple[slice, ...]], np.ndarray]:
     """Returns a function that reads a slice of one leaf, by its position among the leaves that were written, as a NumPy array.
 
-    `dtype` is the one of its `leaf_specs`. Random keys are read as their data.
+    `dtype` and `shape` are those of its `leaf_specs`. Random keys are read as their data. Without a `shape` any is read. The
+    function raises `ValueError` for an array of another shape or dtype.
 
     >>> import tempfile
     >>> directory = Path(tempfile.mkdtemp()) / "state"
@@ -242,12 +252,36 @@ def reader(directory: Path, position: int, dtype: str) -> Callable[[tuple[slice,
     def read_slices(index: tuple[slice, ...]) -> np.ndarray:
         import tensorstore as ts
 
-        store = {"driver": "ocdbt", "base": f"file://{directory.absolute()}/", "path": f"{position:05d}/"}
-        array = ts.open({"driver": "zarr", "kvstore": store}, read=True, open=True).result()
+        array = _open(directory, position, ts.Context()).result()
+        _check_stored(array, position, dtype, shape)
         data: np.ndarray = array[index].read().result() if index else array.read().result()
         return _from_uint8(data, jnp.dtype(dtype)) if dtype in WRITTEN_AS_UINT8 else data
 
     return read_slices
+
+
+def _open(directory: Path, position: int, context: Any) -> Any:
+    """Returns the future of TensorStore's array of a leaf. Opening reads its description only."""
+    import tensorstore as ts
+
+    store = {"driver": "ocdbt", "base": f"file://{directory.absolute()}/", "path": f"{position:05d}/"}
+    return ts.open({"driver": "zarr", "kvstore": store}, read=True, open=True, context=context)
+
+
+def _check_stored(array: Any, position: int, dtype: str, shape: Sequence[int] | None) -> None:
+    """Raises `ValueError` unless an array has the shape and dtype that the manifest gives its leaf, before memory is allocated.
+
+    A part in which it is stored is read completely, so it must not be larger than the array.
+    """
+    is_key, stored = dtype.startswith("key<"), tuple(array.shape)
+    expected = "uint8" if dtype in WRITTEN_AS_UINT8 else "uint32" if is_key else dtype
+    axes = stored if shape is None else stored[: len(shape)]
+    fits = shape is None or (axes == tuple(shape) and (is_key or len(stored) == len(shape)))
+    if is_key:
+        fits = fits and all(length <= MAX_KEY_LENGTH for length in stored[len(axes) :])
+    parts = array.chunk_layout.read_chunk.shape or stored
+    if not fits or array.dtype.name != expected or any(part > max(1, n) for part, n in zip(parts, stored, strict=True)):
+        raise ValueError(f"leaf {position} is stored as {array.dtype.name}{list(stored)}, its manifest has {dtype}{shape}")
 
 
 def check_same(path: Path, saved: list[list[Any]], like: PyTree, names: PyTree) -> None:

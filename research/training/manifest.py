@@ -6,16 +6,21 @@ import hashlib
 import json
 import mmap
 import os
+import stat
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 MANIFEST = "manifest.json"
 FORMAT = 2
+MAX_BYTES = 100_000_000  # of a manifest: far more than any state has leaves
+MAX_STEP, MAX_LENGTH = 2**53, 2**48  # of a count of steps, and of an axis of an array
+MAX_AXES = 32
 FORMAT_1 = {"step", "leaves", "logs", "files"}  # what a manifest of version 0.1 holds
 
 
@@ -108,7 +113,7 @@ def read(path: Path, origin: Origin = ANY) -> Manifest:
     research.training.manifest.Damaged: its manifest.json is missing
     """
     try:
-        contents = json.loads((path / MANIFEST).read_text())
+        contents = json.loads(_read_text(path / MANIFEST))
         claimed = contents.pop("checksum", None)
         intact = contents.keys() == FORMAT_1 if claimed is None else claimed == _checksum(contents)
     except FileNotFoundError:
@@ -133,14 +138,56 @@ def read(path: Path, origin: Origin = ANY) -> Manifest:
     return manifest
 
 
+def _read_text(path: Path) -> str:
+    """Returns the text of a manifest. Raises `Damaged` for a pipe or a device, whose end might never come."""
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise Damaged(f"its {MANIFEST} is not a regular file")
+    if status.st_size > MAX_BYTES:
+        raise Damaged(f"its {MANIFEST} has {status.st_size:,} bytes, more than one may have")
+    return path.read_text()
+
+
 def _check_types(manifest: Manifest) -> None:
-    """Raises `Damaged` if a field has another type than it is written with: format 1 has no checksum."""
+    """Raises `Damaged` if a field has another type than it is written with: anyone can compute a checksum."""
     fields = zip(manifest, (int, int, Origin, list, list, dict, dict), strict=True)
-    if not all(type(value) is expected for value, expected in fields) or not all(
-        isinstance(leaf, list) and len(leaf) == 3 and isinstance(leaf[0], str) and isinstance(leaf[1], list)
-        for leaf in manifest.leaves
+    if (
+        not all(type(value) is expected for value, expected in fields)
+        or not (manifest.format >= 1 and 0 <= manifest.step <= MAX_STEP)
+        or not all(part is None or isinstance(part, str) for part in manifest.origin)
+        or not all(map(_is_leaf, manifest.leaves))
+        or not all(type(position) is int for position in manifest.weak_types)
+        or not all(map(_is_log, manifest.logs.values()))
+        or not all(type(each) is list and [type(number) for number in each] == [int, int] for each in manifest.files.values())
     ):
         raise Damaged(f"its {MANIFEST} can't be read")
+
+
+def _is_leaf(leaf: Any) -> bool:
+    """Returns whether a value is the name, the shape and the dtype of an array."""
+    if type(leaf) is not list or [type(part) for part in leaf] != [str, list, str]:
+        return False
+    _, shape, dtype = leaf
+    if len(shape) > MAX_AXES or not all(type(length) is int and 0 <= length <= MAX_LENGTH for length in shape):
+        return False
+    if dtype.startswith("key<"):
+        return True
+    try:
+        return bool(jnp.issubdtype(np.dtype(dtype), np.number) or np.dtype(dtype) == np.bool_)
+    except TypeError:
+        return False
+
+
+def _is_log(value: Any) -> bool:
+    """Returns whether a value is a number, None, or an array of them as lists."""
+    elements = [value]
+    while any(isinstance(element, list) for element in elements):
+        elements = [inner for element in elements for inner in (element if isinstance(element, list) else [element])]
+    try:
+        np.array(value, np.float64)
+    except (ValueError, TypeError, OverflowError):  # lists of different lengths, or a number that no float can hold
+        return False
+    return all(element is None or type(element) in (int, float) for element in elements)
 
 
 def _check_belongs(path: Path, manifest: Manifest, origin: Origin) -> None:
@@ -179,11 +226,16 @@ def check(path: Path, origin: Origin = ANY) -> Manifest:
     research.training.manifest.Damaged: its manifest.json is missing
     """
     manifest = read(path, origin)
-    for name in _file_names(path):
+    names = dict.fromkeys(_file_names(path))
+    for name in names:
         if name not in manifest.files:
             raise Damaged(f"{name} is not listed in its {MANIFEST}")
+        if not stat.S_ISREG((path / name).lstat().st_mode):
+            raise Damaged(f"{name} is not a regular file")
     for name, fingerprint in manifest.files.items():
         try:
+            if name not in names:  # a name like ../step is of no file in it
+                raise FileNotFoundError
             if _fingerprint(path / name) != fingerprint:
                 raise Damaged(f"{name} has the wrong checksum")
         except (OSError, ValueError):

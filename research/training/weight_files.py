@@ -24,6 +24,7 @@ SINGLE = "model.safetensors"
 MAX_INDEX_BYTES = 100_000_000  # as safetensors' own limit for a header
 EXPECTED = "a run, a checkpoint, a .safetensors file or a folder of them, a .keras file or a .weights.h5 file"
 
+Read = Callable[[tuple[slice, ...]], np.ndarray]
 Match = Callable[[Sequence[str], Sequence[tuple[int, ...]]], list[str | None]]
 
 
@@ -116,7 +117,7 @@ def _open_checkpoint(path: Path, verified: bool = False) -> StoredWeights:
     repeated = {name for name, count in Counter(names).items() if count > 1}
     keys = [f"{name}#{i}" if name in repeated else name for i, name in enumerate(names)]
     arrays = {
-        key: StoredArray(tuple(shape), dtype, leaves.reader(path / "state", i, dtype))
+        key: StoredArray(tuple(shape), dtype, _checkpoint_reader(path, key, leaves.reader(path / "state", i, dtype, shape)))
         for i, (key, (_, shape, dtype)) in enumerate(zip(keys, contents.leaves, strict=True))
     }
 
@@ -134,6 +135,16 @@ def _open_checkpoint(path: Path, verified: bool = False) -> StoredWeights:
         return [keys[i] for i in same]
 
     return StoredWeights(str(path), arrays, match)
+
+
+def _checkpoint_reader(path: Path, key: str, read: Read) -> Read:
+    def read_slices(index: tuple[slice, ...]) -> np.ndarray:
+        try:
+            return read(index)
+        except Exception as error:  # files that someone wrote a manifest for raise what they like in TensorStore
+            raise FileError(f"{key!r} can't be read ({one_line(error, 200)})", path) from None
+
+    return read_slices
 
 
 def _open_index(folder: Path, stack: ExitStack) -> StoredWeights:

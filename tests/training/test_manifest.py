@@ -128,7 +128,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an empty object": (write_manifest(b"{}"), WRONG),
     "NaN": (write_manifest(b'{"step": NaN, "checksum": "0"}'), UNREADABLE),
     "brackets": (write_manifest(b"[" * 100_000), UNREADABLE),
-    "a directory": (manifest_directory, UNREADABLE),
+    "a directory": (manifest_directory, r"its manifest\.json is not a regular file"),
     "format 1 of other types": (
         write_manifest(json.dumps({"step": 6, "leaves": [], "logs": {}, "files": []}).encode()), UNREADABLE,
     ),
