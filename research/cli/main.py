@@ -53,6 +53,16 @@ def main(arguments: list[str]) -> int:
     return code
 
 
+def _new_file() -> Path:
+    """Returns a new file: others write to that folder too, and may have put a link there under a name that they can guess."""
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="research-error-", suffix=".txt")
+        os.close(descriptor)
+        return Path(path)
+    except OSError:  # the disk may be what failed
+        return Path(os.devnull, "error.txt")
+
+
 def command() -> NoReturn:
     """Runs the command line of this process. SIGTERM and SIGINT end it with exit code 75 outside of training too."""
     exit_on_signal()
@@ -64,8 +74,6 @@ def command() -> NoReturn:
     except Exception as error:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # it may be what failed, and would again at the end
-        code = fail(
-            f"{describe_error(error)}{write_traceback(Path(tempfile.gettempdir(), f'research-error-{os.getpid()}.txt'))}", 1
-        )
+        code = fail(f"{describe_error(error)}{write_traceback(_new_file())}", 1)
     ignore_signals()
     sys.exit(code)

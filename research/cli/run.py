@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from research.cli import contract
+from research.cli import contract, trust
 from research.cli.arguments import UsageError, fail, parse, print_error
 from research.cli.changes import changed_config, check_unchanged, record_code
 from research.cli.errors import errors_as_one_line
@@ -51,6 +51,7 @@ def main(arguments: list[str]) -> int:
     name, *rest = arguments
     try:
         experiment = load_experiment(name)
+        trust.remember(experiment)
         contract.check_module(experiment)
         module = experiment.module
         config, options = parse(module.Config, Options, rest, f"just run {name}", module.__doc__)

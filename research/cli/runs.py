@@ -1,10 +1,13 @@
 """Runs that exist already, by directory or by the name of their experiment."""
 
+import os
+import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from research.cli import trust
 from research.cli.contract import check_module
-from research.cli.experiment import CHECKOUT, Experiment, UnknownExperiment, load_experiment
+from research.cli.experiment import CHECKOUT, Experiment, load_experiment
 from research.cli.fields import restore_config
 from research.cli.options import Options
 from research.core.state import InvalidArgument
@@ -25,7 +28,8 @@ class RecordedRun(NamedTuple):
 def load_run(run: str) -> RecordedRun:
     """Loads the run of a directory, or the latest of an experiment's name.
 
-    Raises `InvalidArgument` if there is none, its config.json is damaged, or the experiment does not have such a config.
+    Raises `InvalidArgument` if there is none, its config.json is damaged, the experiment does not have such a config, or it is a
+    file that the user has not named on a command line before.
 
     >>> load_run("nothing")
     Traceback (most recent call last):
@@ -33,21 +37,30 @@ def load_run(run: str) -> RecordedRun:
     """
     directory = record.find_run(run, Path("runs"))
     recorded = run_files.read_config(directory)
-    try:
-        experiment = load_experiment(recorded.file or recorded.experiment)
-    except UnknownExperiment:
-        if recorded.file is not None:
-            file = recorded.file[:200]
-            raise InvalidArgument(
-                f"{directory}: its experiment {file!r} is not there any more; move it back, or edit config.json."
-            ) from None
-        raise InvalidArgument(
-            f"{directory}: it is a run of {recorded.experiment[:200]!r}, and there is no such experiment here."
-        ) from None
+    experiment = _load_own(directory, recorded)
     check_module(experiment)
     config = _restore(directory, "config", experiment.module.Config, recorded.config)
     origin = checkpoint_origin(record.Run(directory, recorded.experiment, recorded.config, id=recorded.id))
     return RecordedRun(directory, experiment, config, _restore(directory, "options", Options, recorded.options), origin)
+
+
+def _load_own(directory: Path, recorded: run_files.RecordedConfig) -> Experiment:
+    """Imports the experiment of a run, if that is this package's or the user's own: importing runs its code."""
+    name, file = recorded.experiment[:200], recorded.file
+    if file is None:
+        if name not in {path.stem for path in (CHECKOUT / "experiments").glob("[!_]*.py")}:
+            raise InvalidArgument(f"{directory}: it is a run of {name!r}, and there is no such experiment here.")
+        return load_experiment(name)
+    if not os.path.isfile(file) or not file.endswith(".py"):
+        raise InvalidArgument(
+            f"{directory}: its experiment {file[:200]!r} is not there any more; move it back, or edit config.json."
+        )
+    if not trust.is_own(Path(file)) or str(Path(file).resolve()) != file:
+        raise InvalidArgument(
+            f"{directory}: its experiment is {file[:200]!r}, which you have not run here; if it is your own, name it once: "
+            f"just run {shlex.quote(file[:200])} --run-dir {shlex.quote(str(directory))}"
+        )
+    return load_experiment(file)
 
 
 def _restore(directory: Path, part: str, config_class: type, values: dict[str, Any]) -> Any:

@@ -1,6 +1,7 @@
 """The speed of a run, in performance.jsonl: written on the host when a log arrives, so that no device waits for it."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -49,7 +50,7 @@ class PerformanceRecorder:
         self.started = min((line["started"] for line in lines), default=started)
         self.trained = self.lines[-1]["training_seconds"] if self.lines else 0.0
         self.last: tuple[int, float] | None = None  # step and time of the last line, or of the first log of this process
-        if self.path.exists():
+        if os.path.lexists(self.path):  # a link to nothing too: what it leads to would be made
             record.write_text(self.path, "".join(map(_line, self.lines)))
 
     def log(self, step: int, waited: float, now: float | None = None) -> None:

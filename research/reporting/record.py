@@ -56,8 +56,8 @@ def open_run(
     """Checks that a directory is free for a run, or holds one of the same experiment and config. Writes nothing.
 
     Returns the run, and its summary if it is finished. `report` is called with a line about a damaged summary. Raises
-    `InvalidArgument` if the directory holds a run of another experiment or config, or other files, or can't be written to. With
-    `allow_changed`, a run of another config is one that is not finished, and `report` is called with what changed.
+    `InvalidArgument` if the directory holds a run of another experiment or config, or other files, or links, or can't be written
+    to. With `allow_changed`, a run of another config is one that is not finished, and `report` is called with what changed.
 
     >>> import tempfile
     >>> run, summary = open_run(Path(tempfile.mkdtemp()) / "new", "digits", {"epochs": 3})
@@ -65,6 +65,7 @@ def open_run(
     ('digits', None)
     """
     run = Run(directory, experiment, json.loads(_json(config)), id=uuid.uuid4().hex)
+    run_files.check_entries(directory)
     if all(LEFTOVERS.fullmatch(name) for name in _names_in(directory)):
         return run, None
     if not (directory / "config.json").exists():
@@ -182,27 +183,29 @@ def start(run: Run, options: Mapping[str, Any], step: int = 0, file: str | None 
 def find_run(run: str, root: Path) -> Path:
     """Returns the directory of a run: `run` is a directory, or an experiment's name, for its latest run under `root`.
 
-    Raises `InvalidArgument` if there is none.
+    Raises `InvalidArgument` if there is none, or if it holds links, pipes or devices.
 
     >>> find_run("nothing", Path("no/runs"))
     Traceback (most recent call last):
     research.core.state.InvalidArgument: no run 'nothing': expected a run directory, or an experiment that has runs in no/runs.
     """
+    directory = None
     try:
-        if os.path.lexists(Path(run) / "config.json"):
-            return Path(run)
-        directories = [path.parent for path in (root / run).glob("*/config.json")]
-        if directories:
-            return max(
-                directories,
-                key=lambda path: [
-                    (not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split("([0-9]+)", path.name)
-                ],
-            )
+        latest = max(
+            (path.parent for path in (root / run).glob("*/config.json")),
+            key=lambda path: [
+                (not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split("([0-9]+)", path.name)
+            ],
+            default=None,
+        )
+        directory = Path(run) if os.path.lexists(Path(run) / "config.json") else latest
     except (OSError, ValueError):  # a name that no file can have
         pass
-    shown = repr(run if len(run) <= 200 else f"{run[:200]} ...")
-    raise InvalidArgument(f"no run {shown}: expected a run directory, or an experiment that has runs in {root}.")
+    if directory is None:
+        shown = repr(run if len(run) <= 200 else f"{run[:200]} ...")
+        raise InvalidArgument(f"no run {shown}: expected a run directory, or an experiment that has runs in {root}.")
+    run_files.check_entries(directory)
+    return directory
 
 
 def read_run(directory: Path, report: Report = ignore) -> tuple[Run, dict[str, Any]]:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from research.training.logs import LogEntry
 FILES = ("versions.json", "code.json", "source.diff", "metrics.jsonl", "performance.jsonl", "summary.json", "report.html")
 PERFORMANCE = "performance.jsonl"
 DIRECTORIES = ("plots", "tensorboard")
+CHECKPOINTS = ("checkpoints", "start")  # what is in them is checked by its manifests
 MAX_DEPTH = 50  # of nested lists and objects
 MAX_STEP = 2**53  # the integers up to here are floats, too
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -51,6 +52,37 @@ class RecordedConfig(NamedTuple):
 
 def ignore(line: str) -> None:
     """Reports nothing."""
+
+
+def check_entries(directory: Path) -> None:
+    """Raises `InvalidArgument` for a link, pipe or device in a run's directory: a run writes nowhere else, and waits for nobody.
+
+    Not for those in place of `FILES` and pictures, which are reported where they are read, and replaced where they are written.
+
+    >>> check_entries(Path("no/run"))
+    """
+    entry = next(_irregular(directory), None)
+    if entry is not None:
+        kind = "a link" if entry.is_symlink() else "no regular file"
+        raise InvalidArgument(f"{entry.path}: it is {kind}; a run reads and writes inside of its directory only: remove it.")
+
+
+def _irregular(directory: Path) -> Iterator["os.DirEntry[str]"]:
+    """Yields what is neither a file nor a directory, at any depth. Directories that can't be read are left out."""
+    exempt = {os.path.join(directory, name) for name in ("config.json", *FILES)}
+    pictures = os.path.join(directory, "plots", "")
+    manifests = {os.path.join(directory, name) for name in CHECKPOINTS}
+    directories = [str(directory)]
+    while directories:
+        parent = directories.pop()
+        with contextlib.suppress(OSError, ValueError), os.scandir(parent) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    directories += [] if entry.path in manifests else [entry.path]
+                elif entry.is_file(follow_symlinks=False) or entry.path in exempt:
+                    continue
+                elif entry.is_dir() or not entry.path.startswith(pictures):
+                    yield entry
 
 
 def read_config(directory: Path) -> RecordedConfig:
