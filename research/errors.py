@@ -47,6 +47,15 @@ def one_line(error: BaseException, limit: int = 500) -> str:
     return text if len(text) <= limit else text[:limit].rstrip() + " ..."
 
 
+def printable(text: str) -> str:
+    r"""Returns a text with each character that a terminal may obey, or that ends a line, as Python writes it: `\x1b`.
+
+    >>> print(printable("a name\x1b[2J of\ntwo lines"))
+    a name\x1b[2J of\ntwo lines
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def _is_library(path: str) -> bool:
     return path.startswith(_library_directories()) or not {"site-packages", "dist-packages"}.isdisjoint(path.split(os.sep))
 

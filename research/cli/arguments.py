@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from research.cli.fields import check_fields
 from research.core.state import InvalidArgument
-from research.errors import one_line
+from research.errors import one_line, printable
 
 
 class UsageError(Exception):
@@ -32,13 +32,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def print_error(line: str) -> None:
-    """Prints a line to stderr."""
-    print(line, file=sys.stderr, flush=True)
+    """Prints a line to stderr. Texts from files in it can't move the cursor."""
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def fail(message: str, code: int) -> int:
     """Prints `error: message` to stderr, and returns the exit code."""
-    print(f"error: {message}", file=sys.stderr)
+    print(printable(f"error: {message}"), file=sys.stderr)
     return code
 
 

@@ -1,6 +1,7 @@
 """The state of a run after any of its steps, computed again from a checkpoint; and what the run did about bad steps."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,8 @@ from jaxtyping import PyTree
 
 from research.core.state import InvalidArgument
 from research.distributed.processes import broadcast_from_first
-from research.reporting.run_files import ignore
+from research.errors import one_line
+from research.reporting.run_files import MAX_STEP, ignore
 from research.training import checkpoint, leaves, loop
 from research.training.bad_steps import NONFINITE, BadStep
 from research.training.checkpoint import Checkpoint
@@ -67,12 +69,24 @@ def read_decisions(directory: Path) -> tuple[Decision, ...]:
     ()
     """
     path = directory / DECISIONS
+    if not os.path.lexists(path):
+        return ()
     try:
-        lines = path.read_text().splitlines() if path.exists() else []
-        decisions = [Decision(**json.loads(line)) for line in lines]
-        return tuple(sorted(Decision(int(step), int(restored), str(reason)) for step, restored, reason in decisions))
-    except (OSError, ValueError, TypeError) as error:
-        raise InvalidArgument(f"{path}: it is damaged ({error}); restore it from a backup, or start a new run.") from error
+        if not path.is_file():  # reading a pipe might never end
+            raise ValueError("it is not a regular file")
+        decisions = [_decision(json.loads(line)) for line in path.read_text().splitlines()]
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        reason = one_line(error, 200)
+        raise InvalidArgument(f"{path}: it is damaged ({reason}); restore it from a backup, or start a new run.") from error
+    return tuple(sorted(decisions))
+
+
+def _decision(values: dict[str, Any]) -> Decision:
+    """Returns a decision of the file. Raises `ValueError` or `TypeError` for what a run does not write."""
+    step, restored, reason = decision = Decision(**values)
+    if not (type(step) is int and type(restored) is int and 0 <= restored < step <= MAX_STEP and isinstance(reason, str)):
+        raise ValueError("a decision goes from a step back to an earlier one")
+    return decision
 
 
 def record_decision(directory: Path, decision: Decision) -> None:

@@ -1,6 +1,7 @@
 """Waits for all processes before `jax.distributed` connects them: JAX reports that one is missing, but not which."""
 
 import contextlib
+import ipaddress
 import socket
 import time
 
@@ -8,6 +9,7 @@ from research.core.state import InvalidArgument
 
 GRACE_SECONDS = 60  # seconds in which processes that are present learn that others are missing
 WRONG_USAGE = "wrong: "  # prefix of an answer about how processes were started, not about missing ones
+MAX_GREETING = 40  # bytes that a process sends
 COMPLETE = "all"  # the answer when all are present
 
 
@@ -35,7 +37,7 @@ def wait_for_peers(coordinator: str, processes: int, process: int, timeout: int)
         raise InvalidArgument(f"processes: the coordinator is {coordinator!r}; expected host:port, such as 10.0.0.1:1234.")
     deadline = time.monotonic() + timeout
     if process == 0:
-        answer = _serve(host if is_loopback(host) else "", int(port), processes, deadline)
+        answer = _serve(host.strip("[]") if is_loopback(host) else "", int(port), processes, deadline)
     else:
         answer = _connect(host.strip("[]"), int(port), process, processes, deadline)
     if answer.startswith(WRONG_USAGE):
@@ -49,10 +51,13 @@ def wait_for_peers(coordinator: str, processes: int, process: int, timeout: int)
 def is_loopback(host: str) -> bool:
     """Returns whether a host is this machine's own loopback address, which other machines can't reach.
 
-    >>> is_loopback("127.0.0.1"), is_loopback("10.0.0.1")
-    (True, False)
+    >>> is_loopback("127.0.0.1"), is_loopback("[::1]"), is_loopback("10.0.0.1")
+    (True, True, False)
     """
-    return host in ("localhost", "127.0.0.1")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:  # a name
+        return False
 
 
 def _serve(host: str, port: int, processes: int, deadline: float) -> str:
@@ -60,7 +65,8 @@ def _serve(host: str, port: int, processes: int, deadline: float) -> str:
     connections: dict[int, socket.socket] = {}
     answer = COMPLETE
     try:
-        server = socket.create_server((host, port), backlog=min(processes, 4096))
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        server = socket.create_server((host, port), family=family, backlog=min(processes, 4096))
     except OSError as error:
         raise InvalidArgument(
             f"processes: can't listen on port {port} ({error.strerror}); choose another one for all processes."
@@ -69,9 +75,7 @@ def _serve(host: str, port: int, processes: int, deadline: float) -> str:
         while len(connections) < processes - 1:
             server.settimeout(max(deadline - time.monotonic(), 0.01))
             try:
-                connection, _ = server.accept()
-                connection.settimeout(5)
-                number, expected = map(int, connection.makefile().readline().split())
+                connection, number, expected = _accept(server, processes)
             except TimeoutError:
                 if time.monotonic() < deadline:
                     continue  # a client that connected and sent nothing
@@ -93,6 +97,31 @@ def _serve(host: str, port: int, processes: int, deadline: float) -> str:
             with connection, contextlib.suppress(OSError):
                 connection.recv(1)  # the client closes first, so that the port is free at once
     return answer
+
+
+def _accept(server: socket.socket, processes: int) -> tuple[socket.socket, int, int]:
+    """Returns the connection of another process, its number, and how many it expects.
+
+    Anyone may connect who reaches the port: no more is read, and no longer waited, than a process needs. Raises `OSError` or
+    `ValueError` for others, and `TimeoutError` if nobody comes in time.
+    """
+    connection, _ = server.accept()
+    line, until = b"", time.monotonic() + 5
+    try:
+        while not line.endswith(b"\n"):
+            connection.settimeout(max(until - time.monotonic(), 0.01))
+            part = connection.recv(MAX_GREETING - len(line))
+            if not part:
+                raise ValueError("no line")
+            line += part
+        number, expected = map(int, line.decode("ascii").split())
+        if not 0 < number < max(processes, expected):
+            raise ValueError("no process")
+        connection.settimeout(5)
+        return connection, number, expected
+    except BaseException:
+        connection.close()
+        raise
 
 
 def _connect(host: str, port: int, process: int, processes: int, deadline: float) -> str:

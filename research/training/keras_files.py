@@ -123,7 +123,7 @@ def _read_group(
     """Adds the arrays and layers below a group of an HDF5 file. Links to elsewhere are not followed."""
     import h5py
 
-    seen = {*seen, group.id}  # a group may hold itself
+    seen.add(group.id)  # a group may hold itself, or another one many times
     members = {}
     for key in group:
         if isinstance(group.get(key, getlink=True), h5py.HardLink):
@@ -141,7 +141,8 @@ def _read_group(
     names = {key: _layer_name(child.get("vars"), key) for key, child in children}
     # A container's members are in order by their keys, a layer's attributes by the numbers in their names.
     for key, child in sorted(children, key=lambda member: _natural(member[0] if variables is None else names[member[0]])):
-        _read_group(child, f"{prefix}{key}/", path, arrays, layers, seen)
+        if child.id not in seen:
+            _read_group(child, f"{prefix}{key}/", path, arrays, layers, seen)
 
 
 def _natural(key: str) -> list[Any]:
@@ -164,7 +165,9 @@ def _stored_array(key: str, array: Any) -> StoredArray:
         raise FileError(f"{key} lies in another file, which is not read")
     if dtype.kind not in "biufc" and marked != "bfloat16":
         raise FileError(f"{key} is of {array.dtype}, expected numbers")
-    if array.chunks is None and array.id.get_storage_size() < array.size * dtype.itemsize:
+    if (
+        array.id.get_storage_size() < array.size * dtype.itemsize
+    ):  # compressed, too: Keras does not, and it may stand for any size
         raise FileError(f"{key} of shape {list(array.shape)} has fewer bytes in it than it should")
 
     def read_slices(index: tuple[slice, ...]) -> np.ndarray:

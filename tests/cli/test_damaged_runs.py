@@ -52,7 +52,7 @@ def directory(folder: Path) -> Iterator[Path]:
     shutil.copytree(folder / "finished", copy)
     (copy / "summary.json").unlink()
     shutil.rmtree(copy / "checkpoints" / f"{8:09d}")
-    record.start(record.read_run(copy)[0], record_options(copy), 7, "mine.py")
+    record.start(record.read_run(copy)[0], record_options(copy), 7, str(folder / "mine.py"))
     yield copy
     shutil.rmtree(copy)
 
