@@ -4,18 +4,18 @@ import difflib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp  # noqa: F401  (for the example in a docstring)
+import jax  # noqa: F401  (for the examples in docstrings)
+import jax.numpy as jnp  # noqa: F401
 import keras
 import optax
 from jaxtyping import PyTree
 
 from research.core.metrics import Logs, Metrics
-from research.core.names import slot_names, transform_names, variable_names
+from research.core.names import variable_names
 from research.core.objective import Objective, forward, keras_objective
 from research.core.state import Batch, InvalidArgument, Mapped, State, check_type, copy_values, scope_mapping
 from research.core.step import Gradient, Step, gradient, num_examples, step
-from research.core.update import keras_update, loss_scale, optax_update
+from research.core.update import as_update, update_names
 
 
 class Learner(NamedTuple):
@@ -63,7 +63,10 @@ def supervised(
     example: Batch | None = None,
     gradient_transform: Callable[[Gradient], Gradient] = lambda gradient: gradient,
 ) -> Learner:
-    """Returns supervised learning of a Keras model; the arguments are those of `model.compile`, `optimizer` may be optax'.
+    """Returns supervised learning of a Keras model; the arguments are those of `model.compile`.
+
+    `optimizer` may also be an optax transformation, or a function from the model's trainable variables to an `Update`, such as
+    `research.transforms.by_path` returns.
 
     `gradient_transform` changes the gradient before the update, for example `lambda gradient: accumulate(gradient, 4)`.
     `example`, a batch of arrays or of `jax.ShapeDtypeStruct`s, is needed if the model has no `keras.Input`, or if a metric makes
@@ -98,7 +101,7 @@ def from_objective(
     metrics: Metrics,
     trainable: Sequence[keras.Variable],
     non_trainable: Sequence[keras.Variable],
-    optimizer: keras.Optimizer | optax.GradientTransformation,
+    optimizer: Any,
     *,
     predict: Callable[[State, Any], PyTree],
     gradient_transform: Callable[[Gradient], Gradient] = lambda gradient: gradient,
@@ -106,6 +109,7 @@ def from_objective(
     """Returns the learner that minimises an objective over Keras variables; its state is a `State`.
 
     `trainable` and `non_trainable` are the variables behind `State.trainable` and `State.non_trainable`, in that order.
+    `optimizer` is a Keras optimizer, an optax transformation, or a function from `trainable` to an `Update`.
 
     >>> import research
     >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
@@ -115,10 +119,7 @@ def from_objective(
     >>> learner.names.optimizer
     ['iteration', 'learning_rate']
     """
-    if isinstance(optimizer, keras.Optimizer):
-        update, scale = keras_update(optimizer, trainable), loss_scale(optimizer)
-    else:
-        update, scale = optax_update(optimizer, trainable), None
+    update = as_update(optimizer, trainable)
 
     def init() -> State:
         weights = copy_values(trainable)
@@ -130,12 +131,8 @@ def from_objective(
         return state._replace(non_trainable=aux.non_trainable, metrics=after), metrics.result(after)
 
     def names() -> State:
-        if isinstance(optimizer, keras.Optimizer):
-            slots: PyTree = slot_names(optimizer, trainable)
-        else:
-            slots = transform_names(jax.eval_shape(update.init, [v.value for v in trainable]), trainable)
         metric_names = {name: [f"{name}/{i}" for i in range(len(group))] for name, group in metrics.variables.items()}
-        return State(variable_names(trainable), variable_names(non_trainable), slots, metric_names)
+        return State(variable_names(trainable), variable_names(non_trainable), update_names(update, trainable), metric_names)
 
     def state_mapping(state: State) -> Mapped:
         values = [(group, state.metrics[name]) for name, group in metrics.variables.items()]
@@ -144,7 +141,7 @@ def from_objective(
     return Learner(
         init=init,
         reset=lambda state: state._replace(metrics=metrics.reset(state.metrics)),
-        train=step(gradient_transform(gradient(objective, scale)), update, metrics, num_examples),
+        train=step(gradient_transform(gradient(objective, update.loss_scale)), update, metrics, num_examples),
         evaluate=evaluate,
         predict=predict,
         names=names(),
@@ -152,15 +149,17 @@ def from_objective(
     )
 
 
-def as_optimizer(optimizer: Any, models: Sequence[Any]) -> keras.Optimizer | optax.GradientTransformation:
+def as_optimizer(optimizer: Any, models: Sequence[Any]) -> Any:
     """Returns what `model.compile` makes of its `optimizer`: with dynamic loss scaling if a model is mixed float16.
 
-    Raises `InvalidArgument` for another type, and for a name that Keras does not know.
+    An optax transformation and a function from variables to an `Update` stay what they are. Raises `InvalidArgument` for another
+    type, and for a name that Keras does not know.
 
     >>> type(as_optimizer("adam", [])).__name__
     'Adam'
     """
-    if isinstance(optimizer, optax.GradientTransformation):
+    function = callable(optimizer) and not isinstance(optimizer, type)
+    if isinstance(optimizer, optax.GradientTransformation) or function:
         return optimizer
     expected = "a name, a Keras optimizer such as keras.optimizers.Adam(), or one of optax such as optax.adam(1e-3)"
     check_type(optimizer, (str, dict, keras.Optimizer), "optimizer", expected)

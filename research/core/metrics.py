@@ -237,7 +237,9 @@ def skip_padding(compiled: CompiledMetrics) -> Callable[[MetricState, MetricStat
             model, variables = compiled.resolve(batch.y, outputs, group)
             group_names = [next(names) for _ in model.metrics[1].metrics]
             values = ordered_values(before, group_names)
-            with keras.StatelessScope(scope_mapping([(variables, values)])) as scope:
+            # The loss tracker has no part in this, but Keras reads it, and its own values may belong to the trace that made it.
+            tracker = [(v, jnp.zeros(v.shape, v.dtype)) for v in model.metrics[0].variables]
+            with keras.StatelessScope([*scope_mapping([(variables, values)]), *tracker]) as scope:
                 model.compute_metrics(batch.x, batch.y, outputs, weights[group])
                 arrays = iter(current_values(scope, variables, values))
             after = {**after, **{name: [next(arrays) for _ in before[name]] for name in group_names}}

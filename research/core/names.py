@@ -81,8 +81,10 @@ def renumbered_paths(paths: Iterable[str]) -> list[str]:
     return renamed
 
 
-def slot_names(optimizer: keras.Optimizer, variables: Sequence[keras.Variable]) -> list[str]:
+def slot_names(optimizer: keras.Optimizer, variables: Sequence[keras.Variable], names: Sequence[str] | None = None) -> list[str]:
     """Returns a name per variable of a Keras optimizer: the slot's own name, then the name of the weight that it belongs to.
+
+    `names` are the names of the weights, by default `variable_names`.
 
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, use_bias=False)])
     >>> optimizer = keras.optimizers.Adam()
@@ -91,19 +93,19 @@ def slot_names(optimizer: keras.Optimizer, variables: Sequence[keras.Variable]) 
     ['iteration', 'learning_rate', 'momentum/sequential/dense/kernel', 'velocity/sequential/dense/kernel']
     """
     # Keras names a slot after its weight's path with "_" for "/"; the longest path that fits is the weight's own.
-    weights = sorted(
-        zip((v.path.replace("/", "_") for v in variables), variable_names(variables), strict=True),
-        key=lambda weight: -len(weight[0]),
-    )
-    names = []
+    names = variable_names(variables) if names is None else names
+    weights = sorted(zip((v.path.replace("/", "_") for v in variables), names, strict=True), key=lambda weight: -len(weight[0]))
+    found = []
     for variable in optimizer.variables:
         prefix, weight = next((w for w in weights if variable.name.startswith(f"{w[0]}_")), ("", None))
-        names.append(variable.name if weight is None else f"{variable.name[len(prefix) + 1 :]}/{weight}")
-    return unique_names(names)
+        found.append(variable.name if weight is None else f"{variable.name[len(prefix) + 1 :]}/{weight}")
+    return unique_names(found)
 
 
-def transform_names(slots: PyTree, variables: Sequence[keras.Variable]) -> PyTree:
+def transform_names(slots: PyTree, variables: Sequence[keras.Variable], names: Sequence[str] | None = None) -> PyTree:
     """Returns names for the leaves of an `optax_update` state: the path of each, ending in its weight's name if it has one.
+
+    `names` are the names of the weights, by default `variable_names`.
 
     >>> import optax
     >>> from research.core.update import optax_update
@@ -112,7 +114,7 @@ def transform_names(slots: PyTree, variables: Sequence[keras.Variable]) -> PyTre
     >>> names["iterations"], jax.tree.leaves(names["transform"])
     ('iterations', ['trace/kernel'])
     """
-    weights = variable_names(variables)
+    weights = variable_names(variables) if names is None else names
 
     def name(path: tuple[Any, ...], leaf: Any) -> str:
         last = path[-1] if path else None

@@ -12,6 +12,9 @@ from jaxtyping import Array, Bool, PyTree
 Mapped = list[tuple[keras.Variable, Any]]  # what `keras.StatelessScope` takes: variables and the arrays that stand for them
 
 
+SEED_STRIDE = 0x9E3779B9  # between the seeds of two parts of a batch: 2^32 over the golden ratio
+
+
 class InvalidArgument(ValueError):
     """Raised for an argument that cannot work. Its message is one line: what, where, what was expected, what to do.
 
@@ -129,6 +132,24 @@ def copy_leaves(tree: PyTree) -> PyTree:
     False
     """
     return _copies(tree)
+
+
+def is_seed(leaf: Any) -> bool:
+    """Returns whether a leaf of `State.non_trainable` has the form of a `keras.random.SeedGenerator`'s state.
+
+    >>> is_seed(keras.random.SeedGenerator(0).state.value)
+    True
+    """
+    return leaf.shape == (2,) and leaf.dtype == jnp.uint32
+
+
+def seed_of_part(seed: Any, index: Any) -> Array:
+    """Returns the seed with which part `index` of a batch draws its own random numbers; part 0 draws those of `seed`.
+
+    >>> seed_of_part(jnp.array([1, 5], jnp.uint32), 0).tolist(), seed_of_part(jnp.array([1, 5], jnp.uint32), 2).tolist()
+    ([1, 5], [1013904243, 5])
+    """
+    return seed.at[0].add(jnp.asarray(index, seed.dtype) * jnp.asarray(SEED_STRIDE, seed.dtype))
 
 
 def layer_metrics(model: keras.Layer) -> list[keras.Metric]:

@@ -10,7 +10,8 @@ import keras
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from research.core.state import InvalidArgument, State, copy_leaves, copy_values, scope_mapping
+from research.core.names import slot_names, transform_names, variable_names
+from research.core.state import InvalidArgument, State, check_type, copy_leaves, copy_values, scope_mapping
 from research.core.tags import LEARNING_RATE, tag
 
 
@@ -34,6 +35,10 @@ class Update(NamedTuple):
     be left out otherwise. `iterations` reads the number of updates so far, `learning_rate` the rate of the next update (None if
     the optimizer has none to read). Read them with these functions, never by index.
 
+    `names(variables, names)` returns the names of the leaves of `State.optimizer`, from the Keras variables behind
+    `State.trainable` and their names; None names them by their paths. `loss_scale` reads the factor that the loss is to be
+    scaled by, which `apply` expects to have been divided out of the gradients again; None if there is none.
+
     >>> optax_update(optax.sgd(0.5)).init([jnp.ones(1)])["iterations"].item()
     0
     """
@@ -42,6 +47,41 @@ class Update(NamedTuple):
     apply: Callable[..., State]
     iterations: Callable[[State], Int[Array, ""]]
     learning_rate: Callable[[State], Float[Array, ""] | None]
+    names: Callable[[Sequence[keras.Variable], Sequence[str]], PyTree] | None = None
+    loss_scale: Callable[[State], Float[Array, ""]] | None = None
+
+
+def as_update(optimizer: Any, variables: Sequence[keras.Variable]) -> Update:
+    """Returns the `Update` of variables by a Keras optimizer, an optax transformation, or a function from variables to that.
+
+    Raises `InvalidArgument` for a function that returns something else.
+
+    >>> as_update(optax.sgd(0.5), []).init([])["iterations"].item()
+    0
+    >>> as_update(lambda variables: None, [])
+    Traceback (most recent call last):
+    research.core.state.InvalidArgument: optimizer: what the function returned is None, expected a research.Update of ...
+    """
+    if isinstance(optimizer, keras.Optimizer):
+        return keras_update(optimizer, variables)
+    if isinstance(optimizer, optax.GradientTransformation):
+        return optax_update(optimizer, variables)
+    update = optimizer(list(variables))
+    check_type(update, Update, "optimizer: what the function returned", "a research.Update of the variables")
+    return update
+
+
+def update_names(update: Update, variables: Sequence[keras.Variable], names: Sequence[str] | None = None) -> PyTree:
+    """Returns a name for each leaf of an update's state. `names` are those of the variables, by default `variable_names`.
+
+    >>> weights = [keras.Variable([1.0, 2.0], name="kernel")]
+    >>> jax.tree.leaves(update_names(optax_update(optax.trace(0.9)), weights))
+    ['iterations', 'trace/kernel']
+    """
+    names = variable_names(variables) if names is None else names
+    if update.names is not None:
+        return update.names(variables, names)
+    return transform_names(jax.eval_shape(update.init, [v.value for v in variables]), variables, names)
 
 
 def keras_update(optimizer: keras.Optimizer, variables: Sequence[keras.Variable]) -> Update:
@@ -90,6 +130,8 @@ def keras_update(optimizer: keras.Optimizer, variables: Sequence[keras.Variable]
         apply=apply,
         iterations=iterations,
         learning_rate=learning_rate,
+        names=lambda variables, names: slot_names(optimizer, variables, names),
+        loss_scale=scale,
     )
 
 

@@ -3,6 +3,7 @@
 `batches`: `Batches`, and how to make them from arrays, in memory or loaded at first use.
 `sources`: `Batches` from other libraries' data sets: indexable ones, single examples, iterables.
 `arrays`: what users bring as NumPy arrays that JAX takes unchanged. `streams`: an iterable's batches for several readers.
+`poisson`: batches that hold each example with the same probability, independently.
 `prefetch`: moves batches to the device ahead of time, as many at once as one dispatch takes.
 """
 
@@ -16,6 +17,7 @@ from research.data.batches import (
     num_batches,
     take_rows,
 )
+from research.data.poisson import poisson
 from research.data.sources import Indexable, from_batches, from_examples, from_iterable
 
 __all__ = [
@@ -30,5 +32,6 @@ __all__ = [
     "from_iterable",
     "lazy",
     "num_batches",
+    "poisson",
     "take_rows",
 ]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from research.core.learner import Learner
-from research.core.state import InvalidArgument
+from research.core.state import InvalidArgument, is_seed, seed_of_part
 from research.core.step import Gradient
 from research.core.update import Gradients
 from research.distributed.layouts import data, mesh
@@ -22,6 +22,7 @@ from research.transforms.jaxpr import (
     bind_equation,
     called_program,
     collective_axes,
+    dependent_on,
     equations,
     inputs,
     interpret,
@@ -33,7 +34,6 @@ from research.transforms.jaxpr import (
 )
 
 AXIS = "replicas"
-SEED_STRIDE = 0x9E3779B9  # between the seeds of two replicas: 2^32 over the golden ratio
 
 
 def average_gradients(gradient: Gradient) -> Gradient:
@@ -109,7 +109,7 @@ def _roles(learner: Learner) -> list[str]:
         keys = {getattr(key, "name", None) for key in path}
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             roles.append("key")
-        elif name.endswith("seed_generator_state") or ("non_trainable" in keys and _is_seed(leaf)):
+        elif name.endswith("seed_generator_state") or ("non_trainable" in keys and is_seed(leaf)):
             roles.append("seed")
         elif "metrics" in keys:
             roles.append("metric")
@@ -118,10 +118,6 @@ def _roles(learner: Learner) -> list[str]:
         else:
             roles.append("same")
     return roles
-
-
-def _is_seed(leaf: jax.ShapeDtypeStruct) -> bool:
-    return leaf.shape == (2,) and leaf.dtype == jnp.uint32  # the state of a `keras.random.SeedGenerator`, whatever its name
 
 
 def _replica_step(train: Callable[[Any, Any], Any], roles: list[str], index: Array, state: Any, batch: Any) -> Any:
@@ -159,7 +155,7 @@ def _sum_of_increments(before: Array, after: Array) -> Array:
 def _local_leaf(leaf: Array, role: str, index: Array) -> Array:
     """Returns a replica's own seed or key, which in the first replica is that of the state; other leaves unchanged."""
     if role == "seed":
-        return leaf.at[0].add(jnp.asarray(index, leaf.dtype) * jnp.asarray(SEED_STRIDE, leaf.dtype))
+        return seed_of_part(leaf, index)
     if role == "key":
         folded = jax.vmap(lambda key: jax.random.fold_in(key, index))(leaf.reshape(-1)).reshape(leaf.shape)
         return jnp.where(index == 0, leaf, folded)
@@ -194,7 +190,7 @@ def _adds(program: Any, after: Any, before: Any) -> bool:
     producers = {variable: equation for equation in own_equations(program) for variable in equation.outvars}
     if is_literal(after) or after not in producers:
         return False
-    dependent = _dependent(program, [variable is before for variable in inputs(program)])
+    dependent = dependent_on(program, [variable is before for variable in inputs(program)])
     equation = producers[after]
     operands = [atom for atom in equation.invars if not is_literal(atom) and atom in dependent]
     position, name, loop = list(equation.outvars).index(after), equation.primitive.name, scan(equation)
@@ -210,28 +206,3 @@ def _adds(program: Any, after: Any, before: Any) -> bool:
         )
     keeps = name in ("add", "add_any", "copy") or (name == "sub" and operands[0] is equation.invars[0])
     return len(operands) == 1 and keeps and _adds(program, operands[0], before)
-
-
-def _dependent(program: Any, arguments: Sequence[bool]) -> set[Any]:
-    """Returns the variables of a program that depend on the arguments marked True."""
-    dependent = {variable for variable, marked in zip(inputs(program), arguments, strict=True) if marked}
-    for equation in own_equations(program):
-        operands = [not is_literal(atom) and atom in dependent for atom in equation.invars]
-        if not any(operands):
-            continue
-        loop = scan(equation)
-        if not is_plain_call(equation) and loop is None:
-            dependent.update(equation.outvars)
-            continue
-        inner = called_program(equation) if loop is None else loop.body
-        start, length = (0, 0) if loop is None else (loop.num_consts, loop.num_carry)
-        carry = slice(start, start + length)
-        while True:  # until the dependencies of a loop's carry no longer grow
-            inside = _dependent(inner, operands)
-            results = [not is_literal(atom) and atom in inside for atom in outputs(inner)]
-            carried = [a or b for a, b in zip(operands[carry], results[:length], strict=True)]
-            if carried == operands[carry]:
-                break
-            operands[carry] = carried
-        dependent.update(variable for variable, depends in zip(equation.outvars, results, strict=True) if depends)
-    return dependent

@@ -1,6 +1,8 @@
 """Functions from one pure function to another.
 
 - `accumulate`: the gradient of a large batch from several micro-batches
+- `by_path`: rules for weights by their names: frozen ones, an optimizer for each group of others
+- `clip`: gradients of bounded norm
 - `ema`: evaluation and prediction with an exponential moving average of the weights
 - `from_loss`: a learner from a loss written as plain Keras code
 - `fuse`: several training steps as one compiled program
@@ -8,15 +10,21 @@
 - `joint`: several learners as one
 - `jaxpr`: reading traced programs and evaluating their equations
 - `observe`: gradients, updates and weights of a step, and their norms as logs
+- `per_example`: the gradient of each example, clipped ones, the gradient noise scale
+- `private`: differentially private training, and its epsilon
 - `skip_nonfinite`: training without the steps that would write a NaN or an infinity
 """
 
 from research.transforms.accumulate import accumulate
+from research.transforms.by_path import by_path
+from research.transforms.clip import clip
 from research.transforms.ema import AveragedState, ema, with_averages, with_optimizer_averages
 from research.transforms.fuse import fuse
 from research.transforms.init import init_abstract, init_sharded
 from research.transforms.joint import joint
 from research.transforms.observe import Observation, layer_norms, norms, observe
+from research.transforms.per_example import clip_per_example, gradient_noise_scale, per_example
+from research.transforms.private import epsilon, private
 from research.transforms.skip_nonfinite import SkippingState, skip_nonfinite
 
 __all__ = [
@@ -24,14 +32,21 @@ __all__ = [
     "Observation",
     "SkippingState",
     "accumulate",
+    "by_path",
+    "clip",
+    "clip_per_example",
     "ema",
+    "epsilon",
     "fuse",
+    "gradient_noise_scale",
     "init_abstract",
     "init_sharded",
     "joint",
     "layer_norms",
     "norms",
     "observe",
+    "per_example",
+    "private",
     "skip_nonfinite",
     "with_averages",
     "with_optimizer_averages",

@@ -5,6 +5,7 @@ other primitives that hold programs. The rest of the code reads programs through
 `jax.make_jaxpr` returns, or what an equation holds.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -230,6 +231,50 @@ def scan(equation: Any) -> Scan | None:
     num_carry = len(equation.outvars) - sum(map(_has_loop_axis, equation.outvars, outputs(params["jaxpr"])))
     num_consts = len(equation.invars) - num_inputs - num_carry
     return Scan(params["jaxpr"], num_consts, num_carry, params["length"], params["reverse"], params["unroll"])
+
+
+def dependent_on(program: Any, arguments: Sequence[bool]) -> set[Any]:
+    """Returns the variables of a program that depend on the arguments marked True.
+
+    >>> program = jax.make_jaxpr(lambda x, y: (2 * x, x + y))(1.0, 2.0)
+    >>> dependent = dependent_on(program, [False, True])
+    >>> [result in dependent for result in outputs(program)]
+    [False, True]
+    """
+    dependent = {variable for variable, marked in zip(inputs(program), arguments, strict=True) if marked}
+    for equation in own_equations(program):
+        operands = [not is_literal(atom) and atom in dependent for atom in equation.invars]
+        if not any(operands):
+            continue
+        loop = scan(equation)
+        if not is_plain_call(equation) and loop is None:
+            dependent.update(equation.outvars)
+            continue
+        inner = called_program(equation) if loop is None else loop.body
+        start, length = (0, 0) if loop is None else (loop.num_consts, loop.num_carry)
+        carry = slice(start, start + length)
+        while True:  # until the dependencies of a loop's carry no longer grow
+            inside = dependent_on(inner, operands)
+            results = [not is_literal(atom) and atom in inside for atom in outputs(inner)]
+            carried = [a or b for a, b in zip(operands[carry], results[:length], strict=True)]
+            if carried == operands[carry]:
+                break
+            operands[carry] = carried
+        dependent.update(variable for variable, depends in zip(equation.outvars, results, strict=True) if depends)
+    return dependent
+
+
+def layer_of(equation: Any) -> str:
+    """Returns the layer whose code an equation comes from, as Keras names it, for messages; "" if there is none.
+
+    >>> import keras
+    >>> layer = keras.layers.Dense(1, name="head")
+    >>> layer.build((1, 2))
+    >>> layer_of(own_equations(jax.make_jaxpr(layer)(jnp.ones((1, 2))))[0])
+    'head'
+    """
+    path = re.sub(r"\w+\(([^()]*)\)", r"\1", str(equation.source_info.name_stack))  # without jvp(...) and transpose(...)
+    return path.strip("/")
 
 
 def _has_loop_axis(outside: Any, inside: Any) -> bool:

@@ -10,6 +10,7 @@ from cases import slow_after_first
 from keras import layers
 
 import research
+from research.data import Resident
 from research.transforms.accumulate import accumulate
 
 RNG = np.random.default_rng(0)
@@ -67,6 +68,28 @@ def test_accumulating_micro_batches_equals_the_complete_batch_to_1e6(name: str, 
     accumulated = train_step(model, batch, parts, **options)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(accumulated), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_micro_batches_with_padding_train_in_the_loop_as_without_the_padding() -> None:
+    x = np.repeat(RNG.normal(size=(6, 5)).astype("float32"), 2, 0)  # accumulate deals rows out: each part has one of a pair
+    valid = np.arange(12) < 8
+    rows = research.Batch(x, x[:, :1], None, valid)
+
+    def train(batch: research.Batch, parts: int) -> Any:
+        keras.utils.set_random_seed(0)
+        options = {"loss": "mse", "metrics": ["mae"], "optimizer": keras.optimizers.SGD(0.1)}
+        learner = research.supervised(
+            kernel_regularized(), gradient_transform=lambda gradient: accumulate(gradient, parts), **options
+        )
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), batch)
+        resident = Resident(lambda: batch, lambda step, steps: np.tile(np.arange(len(batch.x), dtype=np.int32), steps))
+        data = research.Batches(lambda step: batch, shapes, steps_per_epoch=5, examples=5 * len(batch.x), resident=resident)
+        return research.train(learner, data, steps=5)
+
+    state, logs = train(rows, 2)
+    expected, expected_logs = train(jax.tree.map(lambda leaf: leaf[:8], rows._replace(valid=None)), 1)
+    for a, b in zip(jax.tree.leaves((state, logs)), jax.tree.leaves((expected, expected_logs)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_a_batch_that_cannot_be_split_is_refused_in_one_line() -> None:
