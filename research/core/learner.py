@@ -32,6 +32,8 @@ class Learner(NamedTuple):
       without Keras objects. `write_back`, `part` and `joint` use it.
     - `targets` lists (Keras model, losses as for `compile`) pairs that compare a model's outputs with `Batch.y`: `research.train`
       and `research.evaluate` check labels by them. It may be empty.
+    - `compile_args` is what `compile` of the first of these models takes for the same training by Keras' own `fit`, which
+      `debugging.check` compares it with. None if Keras has no such training.
 
     `check_learner` verifies this contract for a learner written by hand.
 
@@ -50,6 +52,11 @@ class Learner(NamedTuple):
     names: PyTree
     state_mapping: Callable[[Any], Mapped] = lambda state: []
     targets: tuple[tuple[keras.Model, Any], ...] = ()
+    compile_args: dict[str, Any] | None = None
+
+
+def _unchanged(gradient: Gradient) -> Gradient:
+    return gradient
 
 
 def supervised(
@@ -61,7 +68,7 @@ def supervised(
     weighted_metrics: Any = None,
     loss_weights: Any = None,
     example: Batch | None = None,
-    gradient_transform: Callable[[Gradient], Gradient] = lambda gradient: gradient,
+    gradient_transform: Callable[[Gradient], Gradient] = _unchanged,
 ) -> Learner:
     """Returns supervised learning of a Keras model; the arguments are those of `model.compile`.
 
@@ -84,16 +91,21 @@ def supervised(
     objective, metric_state = keras_objective(
         model, loss=loss, metrics=metrics, weighted_metrics=weighted_metrics, loss_weights=loss_weights, example=example
     )
+    optimizer = as_optimizer(optimizer, [model])
     learner = from_objective(
         objective,
         metric_state,
         model.trainable_variables,
         model.non_trainable_variables,
-        as_optimizer(optimizer, [model]),
+        optimizer,
         predict=lambda state, batch: forward(model, state, batch.x),
         gradient_transform=gradient_transform,
     )
-    return learner._replace(targets=((model, loss),))
+    compile_args = {"loss": loss, "metrics": metrics, "weighted_metrics": weighted_metrics, "loss_weights": loss_weights}
+    as_in_keras = isinstance(optimizer, keras.Optimizer) and gradient_transform is _unchanged
+    return learner._replace(
+        targets=((model, loss),), compile_args={**compile_args, "optimizer": optimizer} if as_in_keras else None
+    )
 
 
 def from_objective(
@@ -104,7 +116,7 @@ def from_objective(
     optimizer: Any,
     *,
     predict: Callable[[State, Any], PyTree],
-    gradient_transform: Callable[[Gradient], Gradient] = lambda gradient: gradient,
+    gradient_transform: Callable[[Gradient], Gradient] = _unchanged,
 ) -> Learner:
     """Returns the learner that minimises an objective over Keras variables; its state is a `State`.
 

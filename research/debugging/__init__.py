@@ -1,6 +1,8 @@
 """Finding what is wrong with a learner.
 
+- `against_keras`: Keras' own `fit` and a learner side by side, tensor by tensor
 - `blame`: the first layer of a step that is not finite, and the rows of the batch that cause it
+- `check`: whether training equals Keras' `fit`
 - `contract`: whether a learner written by hand keeps the contract of `Learner`
 - `failures`: a failing step on disk and as a table
 - `history`: the state of a run after any of its steps, computed again; what the run did about bad steps
@@ -9,7 +11,8 @@
 """
 
 from research.debugging.blame import blame
+from research.debugging.check import check
 from research.debugging.contract import check_learner
 from research.debugging.replay import replay
 
-__all__ = ["blame", "check_learner", "replay"]
+__all__ = ["blame", "check", "check_learner", "replay"]
