@@ -4,6 +4,7 @@
 `sources`: `Batches` from other libraries' data sets: indexable ones, single examples, iterables.
 `arrays`: what users bring as NumPy arrays that JAX takes unchanged. `streams`: an iterable's batches for several readers.
 `poisson`: batches that hold each example with the same probability, independently.
+`side_by_side`: one batch of several data sets' batches.
 `prefetch`: moves batches to the device ahead of time, as many at once as one dispatch takes.
 """
 
@@ -18,6 +19,7 @@ from research.data.batches import (
     take_rows,
 )
 from research.data.poisson import poisson
+from research.data.side_by_side import side_by_side
 from research.data.sources import Indexable, from_batches, from_examples, from_iterable
 
 __all__ = [
@@ -33,5 +35,6 @@ __all__ = [
     "lazy",
     "num_batches",
     "poisson",
+    "side_by_side",
     "take_rows",
 ]

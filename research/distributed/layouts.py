@@ -68,6 +68,18 @@ def fsdp(weights: Weights, mesh: Mesh) -> dict[str, P]:
     return _split_over_fsdp(data(weights, mesh), weights, mesh)
 
 
+def members(weights: Weights, mesh: Mesh) -> dict[str, P]:
+    """Returns the layout of a population: its members are split over the mesh's `tensor` axis, and each is complete there.
+
+    Batches are split over the other axes. For `research.transforms.population` with as many members as the axis has devices, or a
+    multiple.
+
+    >>> members({"dense/kernel": (16, 4, 2)}, mesh(jax.devices()[:1], tensor=1))
+    {'dense/kernel': P('tensor',)}
+    """
+    return {name: P("tensor") for name in weights}
+
+
 def tensor(weights: Weights, mesh: Mesh) -> dict[str, P]:
     """Returns a layout of tensor parallelism: attention by heads, dense layers by their wider side, embeddings by vocabulary.
 

@@ -4,6 +4,7 @@
 - `by_path`: rules for weights by their names: frozen ones, an optimizer for each group of others
 - `clip`: gradients of bounded norm
 - `ema`: evaluation and prediction with an exponential moving average of the weights
+- `evolve`: population-based training
 - `from_loss`: a learner from a loss written as plain Keras code
 - `fuse`: several training steps as one compiled program
 - `init`: a learner's initial state as shapes only, or created directly on the devices that keep it
@@ -11,6 +12,7 @@
 - `jaxpr`: reading traced programs and evaluating their equations
 - `observe`: gradients, updates and weights of a step, and their norms as logs
 - `per_example`: the gradient of each example, clipped ones, the gradient noise scale
+- `population`: many members, other seeds and other numbers, as one program; `merge`: what their programs have in common
 - `private`: differentially private training, and its epsilon
 - `skip_nonfinite`: training without the steps that would write a NaN or an infinity
 """
@@ -19,17 +21,21 @@ from research.transforms.accumulate import accumulate
 from research.transforms.by_path import by_path
 from research.transforms.clip import clip
 from research.transforms.ema import AveragedState, ema, with_averages, with_optimizer_averages
+from research.transforms.evolve import EvolvingState, evolve
 from research.transforms.fuse import fuse
 from research.transforms.init import init_abstract, init_sharded
 from research.transforms.joint import joint
 from research.transforms.observe import Observation, layer_norms, norms, observe
 from research.transforms.per_example import clip_per_example, gradient_noise_scale, per_example
+from research.transforms.population import PopulationState, member, population, population_size, take_members
 from research.transforms.private import epsilon, private
 from research.transforms.skip_nonfinite import SkippingState, skip_nonfinite
 
 __all__ = [
     "AveragedState",
+    "EvolvingState",
     "Observation",
+    "PopulationState",
     "SkippingState",
     "accumulate",
     "by_path",
@@ -37,17 +43,22 @@ __all__ = [
     "clip_per_example",
     "ema",
     "epsilon",
+    "evolve",
     "fuse",
     "gradient_noise_scale",
     "init_abstract",
     "init_sharded",
     "joint",
     "layer_norms",
+    "member",
     "norms",
     "observe",
     "per_example",
+    "population",
+    "population_size",
     "private",
     "skip_nonfinite",
+    "take_members",
     "with_averages",
     "with_optimizer_averages",
 ]
