@@ -197,7 +197,7 @@ def _start_record(run: record.Run, options: Options, step: int, file: str | None
     record.start(run, options.recorded(), step, file, damage.append)
     for line in damage:
         print_error(line)
-    if log_every is None or any("metrics.jsonl" in line for line in damage):
+    if type(log_every) is not int or log_every < 1 or any("metrics.jsonl" in line for line in damage):
         return
     last = max((entry.step for entry in record.read_entries(run)), default=0)
     next_log = min((last // every + 1) * every for every in (log_every, steps_per_epoch)) if last else 1

@@ -11,6 +11,7 @@ from rich.table import Table
 from research.cli.arguments import print_error
 from research.cli.contract import check_mapping
 from research.cli.experiment import Experiment
+from research.cli.fields import restore_config
 from research.cli.options import Options
 from research.cli.placement import Placed
 from research.cli.runs import checkpoint_origin
@@ -78,7 +79,9 @@ def recorded_source(run: record.Run, options: Options) -> Options:
     if not (run.directory / "config.json").exists():  # another process than the first
         return options
     recorded = run_files.read_config(run.directory).options
-    source = {name: recorded.get(name, getattr(Options(), name)) for name in ("from_", "only", "everything")}
+    names = ("from_", "only", "everything")
+    values = restore_config(Options, {name: recorded[name] for name in names if name in recorded})
+    source = {name: getattr(values, name) for name in names}
     if options.from_ not in (None, source["from_"]):
         print_error(f"--from {options.from_}: not read again, since the run has started already; choose a new --run-dir for it")
     return dataclasses.replace(options, **source)

@@ -22,6 +22,7 @@ PERFORMANCE = "performance.jsonl"
 DIRECTORIES = ("plots", "tensorboard")
 CHECKPOINTS = ("checkpoints", "start")  # what is in them is checked by its manifests
 MAX_DEPTH = 50  # of nested lists and objects
+MAX_BYTES = 100_000_000  # of a file other than logs, which may be longer
 MAX_STEP = 2**53  # the integers up to here are floats, too
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -162,7 +163,7 @@ def read_metrics(directory: Path, report: Report) -> list[LogEntry]:
     """
     path = directory / "metrics.jsonl"
     try:
-        lines = _read_bytes(path).split(b"\n")
+        lines = _read_bytes(path, None).split(b"\n")
     except Missing:
         return []
     except Damage as damage:
@@ -190,7 +191,7 @@ def read_performance(directory: Path, report: Report) -> list[dict[str, Any]]:
     []
     """
     try:
-        lines = _read_bytes(directory / PERFORMANCE).split(b"\n")
+        lines = _read_bytes(directory / PERFORMANCE, None).split(b"\n")
     except Missing:
         return []
     except Damage as damage:
@@ -259,10 +260,13 @@ def set_aside(path: Path, copy: bool = False) -> Path:
     return kept
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read_bytes(path: Path, limit: int | None = MAX_BYTES) -> bytes:
     try:
         if not path.is_file():  # reading a pipe or a device might never end
             raise Damage("it is not a regular file") if path.exists() else Missing("it is missing")
+        size = path.stat().st_size
+        if limit is not None and size > limit:
+            raise Damage(f"it has {size:,} bytes, more than such a file has")
         return path.read_bytes()
     except OSError as error:
         raise Damage(f"it can't be read ({error.strerror})") from error

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from research.cli import export, replay, resume, run, trust
+from research.core.state import InvalidArgument
+from research.reporting import run_files
 
 COMMANDS = {
     "resume": lambda: resume.main(["got"]),
@@ -83,3 +85,19 @@ def test_without_a_place_to_record_it_a_file_has_to_be_named_each_time(folder: P
     Path("mine.py").write_text("")
     assert run.main(["mine.py"]) == 1
     assert not trust.is_own(folder / "mine.py")
+
+
+@pytest.mark.parametrize("name", ["config.json", "summary.json", "versions.json", "code.json"])
+def test_a_file_larger_than_any_of_its_kind_is_not_read(name: str, folder: Path) -> None:
+    write_config()
+    with Path("got", name).open("a") as file:
+        file.truncate(10**13)  # takes no room on the disk
+    lines: list[str] = []
+    if name == "config.json":
+        with pytest.raises(InvalidArgument, match="it has 10,000,000,000,000 bytes, more than such a file has"):
+            run_files.read_config(Path("got"))
+        return
+    for read in (run_files.read_summary, run_files.read_versions, run_files.read_code):
+        assert not read(Path("got"), lines.append)
+    (line,) = [line for line in lines if "missing" not in line]
+    assert line.startswith(f"got/{name}: it has 10,000,000,000,000 bytes, more than such a file has; ")

@@ -174,3 +174,35 @@ def test_performance_of_a_run_is_not_written_to_where_a_link_to_nothing_leads(di
         recorder.log(step, waited=0.0, now=now)
     assert not list(Path("outside").iterdir())
     assert len((directory / "performance.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["flipped bit", "pipe", "link to a directory"])
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+    damage: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder / "finished", "run")
+    Path("run", "summary.json").unlink()
+    newest = Path("run", "checkpoints", f"{8:09d}")
+    file = next(path for path in (newest / "state" / "d").iterdir())
+    if damage == "flipped bit":
+        file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+    elif damage == "link to a directory":
+        shutil.copytree(newest, "outside")
+        shutil.rmtree(newest / "state")
+        (newest / "state").symlink_to(Path("outside/state").absolute())
+    else:
+        file.unlink()
+        os.mkfifo(file)
+    assert COMMANDS["resume"]() == 0
+    assert one_line(capsys).startswith(f"checkpoint {newest} is damaged (")
+    expected = tree(folder / "finished" / "checkpoints")
+    assert tree(Path("run", "checkpoints")).keys() >= {name for name in expected if "/" not in name}
+    shutil.rmtree("run")
+    shutil.rmtree("outside", ignore_errors=True)
+
+
+def test_a_run_on_one_machine_listens_at_no_port(folder: Path) -> None:
+    sockets = {os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if os.path.lexists(entry)}
+    lines = [line.split() for name in ("tcp", "tcp6") for line in Path("/proc/self/net", name).read_text().splitlines()[1:]]
+    assert not [line for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in sockets]
