@@ -82,7 +82,7 @@ def restore_config(config_class: type, values: Mapping[str, Any]) -> Any:
     annotations = _annotations(config_class)
     unknown = [name for name in values if name not in annotations]
     if unknown:
-        raise InvalidArgument(f"there is no field {unknown[0]!r}; expected {', '.join(annotations)}")
+        raise InvalidArgument(f"there is no field {_short(unknown[0])}; expected {', '.join(annotations)}")
     restored = {}
     for name, value in values.items():
         try:
