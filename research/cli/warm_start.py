@@ -80,7 +80,10 @@ def recorded_source(run: record.Run, options: Options) -> Options:
         return options
     recorded = run_files.read_config(run.directory).options
     names = ("from_", "only", "everything")
-    values = restore_config(Options, {name: recorded[name] for name in names if name in recorded})
+    try:
+        values = restore_config(Options, {name: recorded[name] for name in names if name in recorded})
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{run.directory / 'config.json'}: options: {error}; correct it there.") from None
     source = {name: getattr(values, name) for name in names}
     if options.from_ not in (None, source["from_"]):
         print_error(f"--from {options.from_}: not read again, since the run has started already; choose a new --run-dir for it")

@@ -1,11 +1,13 @@
 """A run directory whose entries lead elsewhere: no command writes, removes or waits there."""
 
 import importlib
+import json
 import os
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -200,6 +202,26 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     assert tree(Path("run", "checkpoints")).keys() >= {name for name in expected if "/" not in name}
     shutil.rmtree("run")
     shutil.rmtree("outside", ignore_errors=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"log_every": "often"}, ""),
+        ({"log_every": 0}, ""),
+        ({"from_": 3}, "error: run/config.json: options: from_ is 3; expected a string or null; correct it there."),
+        ({"only": ["("]}, "error: run/config.json: options: only is ['(']; expected a string or null; correct it there."),
+    ],
+)
+def test_recorded_options_of_another_type_do_not_matter_or_are_one_line(
+    options: dict[str, Any], message: str, directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    contents = json.loads((directory / "config.json").read_text())
+    contents["options"] |= options
+    (directory / "config.json").write_text(json.dumps(contents))
+    assert COMMANDS["run"]() == bool(message)
+    assert "".join(capsys.readouterr().err.splitlines()) == message
 
 
 def test_a_run_on_one_machine_listens_at_no_port(folder: Path) -> None:
