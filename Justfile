@@ -47,6 +47,12 @@ export *args: _core
 report *args: _core
     @exec "{{ bin }}/python" -P -m research report "$@"
 
+# Compare an experiment's training with Keras' own `fit`, and look for the traps of hand-written steps: `just check digits`.
+[no-cd]
+[no-exit-message]
+check *args: _core
+    @exec "{{ bin }}/python" -P -m research check "$@"
+
 # Keras' own tests of `fit`, `evaluate` and `predict`, run on this library's functions: `just conformance`.
 [no-exit-message]
 conformance *args: _peers

@@ -22,11 +22,12 @@ COMMANDS = {
     "replay": "runs a step of a run again, and shows what happens inside it",
     "report": "writes a page about a run, or about several side by side",
     "export": "writes the Keras models of a run",
+    "check": "compares training with Keras' fit, and looks for the traps of hand-written steps",
     "plan": "compiles a training step for TPUs that are not here",
     "processes": "runs a command as several processes of this machine",
 }
 
-WITH_KERAS = ("run", "resume", "replay", "export", "plan")  # those that build an experiment
+WITH_KERAS = ("run", "resume", "replay", "export", "check", "plan")  # those that build an experiment
 
 
 def main(arguments: list[str]) -> int:

@@ -66,12 +66,19 @@ def test_a_step_that_is_not_keras_own_differs_and_the_first_tensor_is_named() ->
 
 def test_what_keras_fit_cannot_do_is_an_error_in_one_line() -> None:
     batches = [research.Batch(numbers(4), numbers(1))]
-    learner = research.supervised(dense(), loss="mse", gradient_transform=lambda g: research.accumulate(g, 2))
     for subject, data, message in (
-        (learner, batches, "Keras has no fit"),
         (dense(), batches[0], "the data is a Batch"),
         (dense(), [], "the data has no batches"),
         (watched()[0], batches, "Metrics inside layers"),
     ):
         with pytest.raises(research.InvalidArgument, match=message):
             check(subject, data)
+
+
+@pytest.mark.slow
+def test_a_learner_that_keras_has_no_fit_for_is_looked_through_for_traps_only() -> None:
+    learner = research.supervised(dense(), loss="mse", gradient_transform=lambda g: research.accumulate(g, 2))
+    found = check(learner, [research.Batch(numbers(4), numbers(1))] * 2)
+    assert found.tensors == []
+    assert found.ok
+    assert found.traps
