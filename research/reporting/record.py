@@ -76,7 +76,7 @@ def open_run(
             f"--run-dir {directory}: it holds a run of {recorded.experiment!r}, not of {experiment!r}; choose another directory."
         )
     changes = [
-        f"{name} was {recorded.config.get(name)!r}, now {run.config.get(name)!r}"
+        f"{name[:80]} was {run_files.shown(recorded.config.get(name))}, now {run_files.shown(run.config.get(name))}"
         for name in sorted({**recorded.config, **run.config})
         if recorded.config.get(name) != run.config.get(name)
     ]

@@ -260,6 +260,16 @@ def set_aside(path: Path, copy: bool = False) -> Path:
     return kept
 
 
+def shown(value: Any) -> str:
+    """Returns a value of a file as a message shows it.
+
+    >>> shown("x" * 100) == "'" + "x" * 79 + " ..."
+    True
+    """
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]} ..."
+
+
 def _read_bytes(path: Path, limit: int | None = MAX_BYTES) -> bytes:
     try:
         if not path.is_file():  # reading a pipe or a device might never end
@@ -341,5 +351,5 @@ def _numbers(values: Any, name: str) -> dict[str, Any]:
     for key, value in values.items():
         number = isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1023)
         if value is not None and not number:
-            raise Damage(f"{key!r} in {name!r} is {_kind(value)}, expected a number that a float can hold, or null")
+            raise Damage(f"{shown(key)} in {name!r} is {_kind(value)}, expected a number that a float can hold, or null")
     return values

@@ -310,6 +310,7 @@ def check_same(path: Path, saved: list[list[Any]], like: PyTree, names: PyTree) 
         difference = f"{extra[0]!r} in it is not part of the learner"
     else:
         difference = "its leaves are in another order"
+    difference = difference if len(difference) <= 500 else f"{difference[:500]} ..."
     raise InvalidArgument(
         f"checkpoint {path} is of another model or optimizer: {difference}; restore it with the code and options that wrote it, "
         "or choose a new run directory."

@@ -237,9 +237,9 @@ def check(path: Path, origin: Origin = ANY) -> Manifest:
             if name not in names:  # a name like ../step is of no file in it
                 raise FileNotFoundError
             if _fingerprint(path / name) != fingerprint:
-                raise Damaged(f"{name} has the wrong checksum")
+                raise Damaged(f"{name[:200]} has the wrong checksum")
         except (OSError, ValueError):
-            raise Damaged(f"{name} is missing or can't be read") from None
+            raise Damaged(f"{name[:200]} is missing or can't be read") from None
     return manifest
 
 
