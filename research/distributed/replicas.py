@@ -190,7 +190,7 @@ def _adds(program: Any, after: Any, before: Any) -> bool:
     producers = {variable: equation for equation in own_equations(program) for variable in equation.outvars}
     if is_literal(after) or after not in producers:
         return False
-    dependent = dependent_on(program, [variable is before for variable in inputs(program)])
+    dependent = dependent_on(program, [before])
     equation = producers[after]
     operands = [atom for atom in equation.invars if not is_literal(atom) and atom in dependent]
     position, name, loop = list(equation.outvars).index(after), equation.primitive.name, scan(equation)

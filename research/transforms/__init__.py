@@ -5,6 +5,7 @@
 - `clip`: gradients of bounded norm
 - `ema`: evaluation and prediction with an exponential moving average of the weights
 - `evolve`: population-based training
+- `finite_derivatives`: derivatives that are 0 where those of a square root or a quotient are infinite
 - `from_loss`: a learner from a loss written as plain Keras code
 - `fuse`: several training steps as one compiled program
 - `init`: a learner's initial state as shapes only, or created directly on the devices that keep it
@@ -15,6 +16,7 @@
 - `population`: many members, other seeds and other numbers, as one program; `merge`: what their programs have in common
 - `private`: differentially private training, and its epsilon
 - `skip_nonfinite`: training without the steps that would write a NaN or an infinity
+- `unroll`: several training steps as one function with derivatives of the weights, the data and the hyper-parameters
 """
 
 from research.transforms.accumulate import accumulate
@@ -22,6 +24,7 @@ from research.transforms.by_path import by_path
 from research.transforms.clip import clip
 from research.transforms.ema import AveragedState, ema, with_averages, with_optimizer_averages
 from research.transforms.evolve import EvolvingState, evolve
+from research.transforms.finite_derivatives import finite_derivatives
 from research.transforms.fuse import fuse
 from research.transforms.init import init_abstract, init_sharded
 from research.transforms.joint import joint
@@ -30,6 +33,7 @@ from research.transforms.per_example import clip_per_example, gradient_noise_sca
 from research.transforms.population import PopulationState, member, population, population_size, take_members
 from research.transforms.private import epsilon, private
 from research.transforms.skip_nonfinite import SkippingState, skip_nonfinite
+from research.transforms.unroll import unroll
 
 __all__ = [
     "AveragedState",
@@ -44,6 +48,7 @@ __all__ = [
     "ema",
     "epsilon",
     "evolve",
+    "finite_derivatives",
     "fuse",
     "gradient_noise_scale",
     "init_abstract",
@@ -59,6 +64,7 @@ __all__ = [
     "private",
     "skip_nonfinite",
     "take_members",
+    "unroll",
     "with_averages",
     "with_optimizer_averages",
 ]

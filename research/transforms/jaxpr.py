@@ -5,8 +5,9 @@ other primitives that hold programs. The rest of the code reads programs through
 `jax.make_jaxpr` returns, or what an equation holds.
 """
 
+import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -213,6 +214,108 @@ def bind_checkpoint(equation: Any, function: Callable[..., list[Any]], operands:
         return list(equation.primitive.bind(*operands, **{**equation.params, "jaxpr": jaxpr}))
 
 
+def bind_with(equation: Any, operands: Sequence[Any], apply: Callable[[Any, list[Any]], Sequence[Any]]) -> list[Any] | None:
+    """Returns the results of an equation that holds programs, whose equations are computed by `apply` as in `interpret`.
+
+    Loops by `lax.scan` stay loops, branches stay branches, and what `jax.checkpoint` computes again is still computed again. None
+    for other equations: operations, a `while_loop`, and functions with derivatives of their own.
+
+    >>> program = jax.make_jaxpr(lambda xs: jax.lax.scan(lambda total, x: (total + jnp.sin(x), x), 0.0, xs)[0])(jnp.ones(2))
+    >>> def with_cosine(equation, operands):
+    ...     if equation.primitive.name == "sin":
+    ...         return [jnp.cos(operands[0])]
+    ...     results = bind_with(equation, operands, with_cosine)
+    ...     return bind_equation(equation, operands) if results is None else results
+    >>> float(interpret(program, [jnp.zeros(2)], with_cosine)[0])
+    2.0
+    """
+    if is_plain_call(equation):
+        return interpret(called_program(equation), operands, apply)
+    if is_checkpoint(equation):
+        return bind_checkpoint(equation, lambda *args: interpret(called_program(equation), args, apply), operands)
+    if is_cond(equation):
+        branches = [functools.partial(_call_with, branch, apply) for branch in inner_programs(equation)]
+        return list(jax.lax.switch(operands[0], branches, *operands[1:]))
+    loop = scan(equation)
+    if loop is None:
+        return None
+    consts, start = operands[: loop.num_consts], loop.num_consts + loop.num_carry
+
+    def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
+        results = interpret(loop.body, [*consts, *carry, *xs], apply)
+        return results[: loop.num_carry], results[loop.num_carry :]
+
+    options: dict[str, Any] = {"length": loop.length, "reverse": loop.reverse, "unroll": loop.unroll}
+    carry, stacked = jax.lax.scan(body, list(operands[loop.num_consts : start]), list(operands[start:]), **options)
+    return [*carry, *stacked]
+
+
+def dependent_on(program: Any, sources: Iterable[Any], carries: Callable[[Any], bool] = lambda equation: True) -> set[Any]:
+    """Returns the sources and the variables of a program that depend on any of them.
+
+    Sources are arguments or results of equations, also of those in programs that are called. What depends on them through
+    equations alone for which `carries(equation)` is False is left out.
+
+    >>> program = jax.make_jaxpr(lambda x, y: (x + y, jnp.sign(x)))(1.0, 2.0)
+    >>> def smooth(equation):
+    ...     return equation.primitive.name != "sign"
+    >>> found, smoothly = (dependent_on(program, inputs(program)[:1], rule) for rule in (lambda equation: True, smooth))
+    >>> [out in found for out in outputs(program)], [out in smoothly for out in outputs(program)]
+    ([True, True], [True, False])
+    """
+    sources = set(sources)
+    found = set(sources)
+    for equation in own_equations(program):
+        operands, loop = _members(equation.invars, found), scan(equation)
+        if is_plain_call(equation) or is_cond(equation) or loop is not None:
+            results = _dependent_results(equation, loop, operands, sources, carries)
+        else:
+            results = [any(operands) and carries(equation)] * len(equation.outvars)
+        found.update(variable for variable, depends in zip(equation.outvars, results, strict=True) if depends)
+    return found
+
+
+def _dependent_results(equation: Any, loop: Scan | None, operands: list[bool], sources: set[Any], carries: Any) -> list[bool]:
+    """Returns which results of a call, a loop or a `cond` depend on the operands marked True, or on sources inside."""
+    if is_cond(equation):
+        programs, operands, on_index = inner_programs(equation), operands[1:], operands[0] and carries(equation)
+    else:
+        programs, on_index = [called_program(equation) if loop is None else loop.body], False
+    carry = slice(0, 0) if loop is None else slice(loop.num_consts, loop.num_consts + loop.num_carry)
+    while True:  # until the dependencies of a loop's carry no longer grow
+        results = [on_index] * len(equation.outvars)
+        for inner in programs:  # the same program may be called elsewhere, with other operands: only `sources` are common to both
+            marked = {variable for variable, marks in zip(inputs(inner), operands, strict=True) if marks}
+            inside = _members(outputs(inner), dependent_on(inner, sources | marked, carries))
+            results = [a or b for a, b in zip(results, inside, strict=True)]
+        carried = [a or b for a, b in zip(operands[carry], results, strict=False)]
+        if carried == operands[carry]:
+            return results
+        operands[carry] = carried
+
+
+def _members(atoms: Sequence[Any], variables: set[Any]) -> list[bool]:
+    return [not is_literal(atom) and atom in variables for atom in atoms]
+
+
+def _call_with(program: Any, apply: Callable[[Any, list[Any]], Sequence[Any]], *operands: Any) -> list[Any]:
+    return interpret(program, operands, apply)
+
+
+def is_unchecked_map(equation: Any) -> bool:
+    """Returns whether an equation runs a program on each of several devices as `jax.pmap` does: without checking what differs.
+
+    The derivative of a `psum` in such a program is another `psum`: wrong by the number of devices where its result is the same
+    on all of them.
+
+    >>> program = jax.make_jaxpr(jax.pmap(lambda x: x + 1))(jnp.ones((1, 2)))
+    >>> [equation.primitive.name in ("shard_map", "xla_pmap") for equation in equations(program) if is_unchecked_map(equation)]
+    [True]
+    """
+    name, params = equation.primitive.name, equation.params
+    return name == "xla_pmap" or (name == "shard_map" and not params.get("check_vma", params.get("check_rep", True)))
+
+
 def scan(equation: Any) -> Scan | None:
     """Returns the parts of a `lax.scan`, or None for another equation.
 
@@ -231,37 +334,6 @@ def scan(equation: Any) -> Scan | None:
     num_carry = len(equation.outvars) - sum(map(_has_loop_axis, equation.outvars, outputs(params["jaxpr"])))
     num_consts = len(equation.invars) - num_inputs - num_carry
     return Scan(params["jaxpr"], num_consts, num_carry, params["length"], params["reverse"], params["unroll"])
-
-
-def dependent_on(program: Any, arguments: Sequence[bool]) -> set[Any]:
-    """Returns the variables of a program that depend on the arguments marked True.
-
-    >>> program = jax.make_jaxpr(lambda x, y: (2 * x, x + y))(1.0, 2.0)
-    >>> dependent = dependent_on(program, [False, True])
-    >>> [result in dependent for result in outputs(program)]
-    [False, True]
-    """
-    dependent = {variable for variable, marked in zip(inputs(program), arguments, strict=True) if marked}
-    for equation in own_equations(program):
-        operands = [not is_literal(atom) and atom in dependent for atom in equation.invars]
-        if not any(operands):
-            continue
-        loop = scan(equation)
-        if not is_plain_call(equation) and loop is None:
-            dependent.update(equation.outvars)
-            continue
-        inner = called_program(equation) if loop is None else loop.body
-        start, length = (0, 0) if loop is None else (loop.num_consts, loop.num_carry)
-        carry = slice(start, start + length)
-        while True:  # until the dependencies of a loop's carry no longer grow
-            inside = dependent_on(inner, operands)
-            results = [not is_literal(atom) and atom in inside for atom in outputs(inner)]
-            carried = [a or b for a, b in zip(operands[carry], results[:length], strict=True)]
-            if carried == operands[carry]:
-                break
-            operands[carry] = carried
-        dependent.update(variable for variable, depends in zip(equation.outvars, results, strict=True) if depends)
-    return dependent
 
 
 def layer_of(equation: Any) -> str:

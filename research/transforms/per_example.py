@@ -11,7 +11,7 @@ from research.core.state import Batch, InvalidArgument, State, is_seed, num_rows
 from research.core.step import Gradient
 from research.core.update import Gradients
 from research.transforms.clip import check_positive, scale_to_norm
-from research.transforms.jaxpr import dependent_on, layer_of, outputs, own_equations
+from research.transforms.jaxpr import dependent_on, inputs, layer_of, outputs, own_equations
 
 
 def per_example(gradient: Gradient) -> Gradient:
@@ -112,8 +112,7 @@ def _where_rows(valid: Any, leaf: Array) -> Array:
 def _check_independent(gradient: Gradient, state: State, batch: Any) -> None:
     """Raises `InvalidArgument` if a layer's statistics depend on the batch."""
     program = jax.make_jaxpr(gradient)(state, batch)
-    before, rest = len(jax.tree.leaves(state)), len(jax.tree.leaves(batch))
-    dependent = dependent_on(program, [False] * before + [True] * rest)
+    dependent = dependent_on(program, inputs(program)[len(jax.tree.leaves(state)) :])
     first = len(jax.tree.leaves(state.trainable))
     positions = range(first, first + len(jax.tree.leaves(state.non_trainable)))
     changed = [outputs(program)[i] for i in positions if outputs(program)[i] in dependent]
