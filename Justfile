@@ -76,7 +76,7 @@ bench *args: _core _peers
 plan *args: _core _libtpu
     @exec "{{ bin }}/python" -P -m research plan "$@"
 
-# Install KerasHub, which `just run gemma` needs.
+# Install KerasHub, which `just run gemma` and `just run lora` need.
 [no-exit-message]
 hub: _hub
 

@@ -1,6 +1,7 @@
 """Text that every machine has, Python's own standard library: how language models here read it and generate more of it.
 
-Whole files are held out. Which ones depends only on their paths, so it is the same for every model and seed.
+There are two domains, `source` and `encodings`, the tables of characters that the source leaves out. Whole files are held out.
+Which ones depends only on their paths, so it is the same for every model and seed.
 """
 
 import functools
@@ -10,7 +11,7 @@ import re
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,15 +29,17 @@ SKIPPED = re.compile(
     r"(^|/)(tests?|idlelib|turtledemo|tkinter|encodings|pydoc_data|site-packages|dist-packages)/|^(lib2to3|sitecustomize|config-)"
 )
 FILES_PER_HELD_OUT = 16
-HELD_OUT_BYTES = 1 << 17  # of the held-out files that are evaluated on
+Domain = Literal["source", "encodings"]
+HELD_OUT_BYTES: dict[Domain, int] = {"source": 1 << 17, "encodings": 1 << 15}  # of the held-out files that are evaluated on
+PASSAGES: dict[Domain, bytes] = {"source": b"\n    def ", "encodings": b"\ndecoding_table"}  # how a passage to continue begins
 END_OF_FILE = b"\0"
 TEMPERATURE = 0.8  # of the text in figures
 Continuation = Callable[[Array, Array, int], Array]  # (prompt [batch, tokens], key, length) -> tokens [batch, length]
 
 
 @functools.cache
-def load_files() -> dict[str, dict[str, bytes]]:
-    """Returns the source files of `train` and `val` by path, in the order of their paths.
+def load_files(domain: Domain = "source") -> dict[str, dict[str, bytes]]:
+    """Returns the files of a domain in `train` and `val` by path, in the order of their paths.
 
     Raises `InvalidArgument` if Python's standard library is not installed as source files.
     """
@@ -44,29 +47,29 @@ def load_files() -> dict[str, dict[str, bytes]]:
     files: dict[str, dict[str, bytes]] = {"train": {}, "val": {}}
     contents = set()
     for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
-        if SKIPPED.search(name) is None:
+        if name.startswith("encodings/") if domain == "encodings" else SKIPPED.search(name) is None:
             content = (root / name).read_bytes()
             path_hash = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
             if content and content not in contents:  # no copy is in both splits
                 files["train" if path_hash % FILES_PER_HELD_OUT else "val"][name] = content
                 contents.add(content)
     size = sum(map(len, files["val"].values()))
-    if size < HELD_OUT_BYTES:
+    if size < HELD_OUT_BYTES[domain]:
         raise research.InvalidArgument(
-            f"text: {root} has {len(contents)} files of Python's own source, of which {size:,} bytes would be held out; expected "
-            f"at least {HELD_OUT_BYTES:,}: use a Python whose standard library is installed as .py files."
+            f"text: {root} has {len(contents)} files of Python's own {domain}, of which {size:,} bytes would be held out; "
+            f"expected at least {HELD_OUT_BYTES[domain]:,}: use a Python whose standard library is installed as .py files."
         )
     return files
 
 
 @functools.cache
-def load_texts() -> dict[str, Int[np.ndarray, " bytes"]]:
+def load_texts(domain: Domain = "source") -> dict[str, Int[np.ndarray, " bytes"]]:
     """Returns the concatenated files of each split: uint8 [bytes]."""
-    texts = {split: b"".join(content + END_OF_FILE for content in files.values()) for split, files in load_files().items()}
+    texts = {split: b"".join(content + END_OF_FILE for content in files.values()) for split, files in load_files(domain).items()}
     return {split: np.frombuffer(text, np.uint8) for split, text in texts.items()}
 
 
-def window_batches(context: int, count: int, batch_size: int, seed: int) -> dict[str, Batches]:
+def window_batches(context: int, count: int, batch_size: int, seed: int, domain: Domain = "source") -> dict[str, Batches]:
     """Returns batches of windows of `context` bytes, `count` in an epoch: `train` and `val`.
 
     `x` and `y` are int32 [batch, context]; `y`, the next byte of each, is `x` shifted by one. Windows of `train` start at random
@@ -77,7 +80,7 @@ def window_batches(context: int, count: int, batch_size: int, seed: int) -> dict
         steps_per_epoch = num_batches(count, size)
 
         def part(step: int, start: int, stop: int) -> research.Batch:
-            text = load_texts()[name]
+            text = load_texts(domain)[name]
             last = len(text) - context - 1
             if name == "train":
                 starts = np.random.Generator(np.random.Philox(key=[seed, step])).integers(0, last + 1, size)
@@ -90,7 +93,7 @@ def window_batches(context: int, count: int, batch_size: int, seed: int) -> dict
         tokens = jax.ShapeDtypeStruct((size, context), np.int32)
         return Batches(lambda step: part(step, 0, size), research.Batch(tokens, tokens), steps_per_epoch, count, part=part)
 
-    val_count = max(1, HELD_OUT_BYTES // context)
+    val_count = max(1, HELD_OUT_BYTES[domain] // context)
     train_count = num_batches(count, batch_size) * batch_size  # every batch is full
     return {
         "train": split("train", train_count, batch_size),
@@ -103,10 +106,10 @@ def bits_per_byte(learner: research.Learner, state: research.State, val: Batches
     return research.evaluate(learner, val, state)["loss"] / math.log(2)
 
 
-def held_out_passage(length: int) -> Int[np.ndarray, " {length}"]:
-    """Returns so many tokens of held-out text, from the start of a method on."""
-    text = load_texts()["val"].tobytes()
-    start = text.find(b"\n    def ", len(text) // 2) + 1
+def held_out_passage(length: int, domain: Domain = "source") -> Int[np.ndarray, " {length}"]:
+    """Returns so many tokens of held-out text, from the start of a method or of a table on."""
+    text = load_texts(domain)["val"].tobytes()
+    start = text.find(PASSAGES[domain], len(text) // 2) + 1
     return np.frombuffer(text[start : start + length], np.uint8).astype(np.int32)
 
 

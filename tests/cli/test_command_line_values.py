@@ -15,7 +15,7 @@ from research.cli.arguments import UsageError, parse
 from research.cli.fields import Interval
 from research.core.state import InvalidArgument
 
-EXPERIMENTS = sorted(name for name in experiment.list_experiments() if name != "gemma")  # it needs KerasHub
+EXPERIMENTS = sorted(name for name in experiment.list_experiments() if name not in ("gemma", "lora"))  # they need KerasHub
 
 
 def numeric(config_class: type) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 import research
 
 FILES = sorted((Path(__file__).parents[2] / "experiments").glob("[!_]*.py"))
-SLOW = ("gemma",)  # KerasHub mixes dtypes and is slow to build
+SLOW = ("gemma", "lora")  # KerasHub mixes dtypes and is slow to build
 pytestmark = pytest.mark.parametrize(
     "name",
     [pytest.param(path.stem, marks=[pytest.mark.promotes, pytest.mark.slow] if path.stem in SLOW else []) for path in FILES],
