@@ -61,19 +61,12 @@ def test_all_of_the_base_comes_from_the_file_and_training_leaves_its_bits_alone(
     assert set(report.taken) == set(weights) == set(learner.names.non_trainable)
     assert report.missing == learner.names.trainable
     batches = lora.data(TINY)["train"]
-    assert float(learner.evaluate(state, batches.batch(0))[1]["loss"]) == pytest.approx(
-        float(gemma.build(BASE).evaluate(base_state(directory), batches.batch(0))[1]["loss"]), rel=1e-6
-    )
     before, train = [np.array(leaf) for leaf in state.trainable], jax.jit(learner.train)
     for step in range(3):
         state, _ = train(state, batches.batch(step))
     for weight, leaf in zip(learner.names.non_trainable, state.non_trainable, strict=True):
         np.testing.assert_array_equal(leaf, weights[weight])
     assert all((old != new).any() for old, new in zip(before, state.trainable, strict=True))
-
-
-def base_state(directory: Path) -> research.State:
-    return research.restore(gemma.build(BASE), directory)[0]
 
 
 def test_only_adapters_of_every_dense_layer_are_trained_and_have_moments() -> None:
@@ -97,9 +90,10 @@ def test_merged_weights_are_a_plain_file_that_predicts_what_the_adapted_network_
     merged, report = research.restore(plain, tmp_path / "merged.keras")
     assert (report.missing, report.left) == ([], [])
     batch = lora.data(TINY)["val"].batch(0)
-    expected = learner.predict(adapted, batch)
-    np.testing.assert_allclose(plain.predict(merged, batch), expected, atol=1e-5)
-    assert np.abs(expected - learner.predict(state, batch)).max() > 0.1
+    predict = jax.jit(learner.predict)
+    expected = predict(adapted, batch)
+    np.testing.assert_allclose(jax.jit(plain.predict)(merged, batch), expected, atol=1e-5)
+    assert np.abs(expected - predict(state, batch)).max() > 0.1
     for name, value in zip(plain.names.trainable, lora.merge(TINY, lora.without_adapters(adapted)).trainable, strict=True):
         np.testing.assert_array_equal(value, base[1][name])
 
