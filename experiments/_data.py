@@ -1,4 +1,4 @@
-"""Data sets that several experiments share: lazily loaded splits, and scikit-learn's handwritten digits."""
+"""Data sets: lazily loaded splits, scikit-learn's handwritten digits, and MNIST-1D, which is generated."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -96,6 +96,54 @@ def digit_batches(*, batch_size: int, seed: int, signed: bool = False) -> dict[s
     image = jax.ShapeDtypeStruct((SIDE, SIDE), np.float32 if signed else np.uint8)
     example = research.Batch(image, jax.ShapeDtypeStruct((), np.int32))
     return lazy_splits(load, NUM_DIGITS, lambda _: example, batch_size=batch_size, seed=seed, classes=CLASSES, name="digits")
+
+
+def load_mnist1d(examples: int = 5000, seed: int = 42) -> tuple[Float[np.ndarray, "examples 40"], Int[np.ndarray, " examples"]]:
+    """Returns MNIST-1D (Greydanus and Kobak, arXiv:2011.14439), signals float32 and their digits int32, in random order.
+
+    A template of each digit is padded, scaled, translated, sheared and blurred with noise, by the recipe of the authors' package
+    `mnist1d`, whose data these are: its default is 5,000 examples of seed 42, of which the first 4,000 are for training.
+
+    >>> x, y = load_mnist1d(100)
+    >>> x.shape, x.dtype, np.bincount(y).tolist()
+    ((100, 40), dtype('float32'), [10, 10, 10, 10, 10, 10, 10, 10, 10, 10])
+    """
+    from scipy.ndimage import gaussian_filter  # slow to import
+
+    rng = np.random.RandomState(seed)  # the generator behind `np.random.seed`, which the package uses
+    templates = np.asarray(MNIST1D_TEMPLATES, float)
+    templates = (templates - templates.mean(1, keepdims=True)) / templates.std(1, keepdims=True)
+    templates = (templates - templates[:, :1]) / 6
+
+    def resample(signal: np.ndarray, length: int) -> np.ndarray:
+        return np.interp(np.linspace(0, 1, length), np.linspace(0, 1, len(signal)), signal)
+
+    def example(template: np.ndarray) -> np.ndarray:
+        padded = np.concatenate([template + 1e-8, np.zeros(36 + int(rng.rand() * 25))])
+        scaled = resample(padded, 72) * (1 + 0.4 * (rng.rand() - 0.5))
+        signal = np.roll(scaled, rng.choice(48))
+        background = gaussian_filter(0.25 * rng.randn(72), 2)
+        noisy = np.where(signal != 0, signal, background) + 0.02 * rng.randn(72)
+        return resample(noisy - 0.75 * (rng.rand() - 0.5) * np.linspace(-0.5, 0.5, 72), 40)
+
+    y = np.repeat(np.arange(10, dtype=np.int32), examples // 10)
+    x = np.stack([example(templates[label]) for label in y])
+    order = rng.permutation(len(y))
+    return ((x - x.mean()) / x.std()).astype(np.float32)[order], y[order]
+
+
+MNIST1D_TEMPLATES = (
+    (5, 6, 6.5, 6.75, 7, 7, 7, 7, 6.75, 6.5, 6, 5),
+    (5, 3, 3, 3.4, 3.8, 4.2, 4.6, 5, 5.4, 5.8, 5, 5),
+    (5, 6, 6.5, 6.5, 6, 5.25, 4.75, 4, 3.5, 3.5, 4, 5),
+    (5, 6, 6.5, 6.5, 6, 5, 5, 6, 6.5, 6.5, 6, 5),
+    (5, 4.4, 3.8, 3.2, 2.6, 2.6, 5, 5, 5, 5, 5, 5),
+    (5, 3, 3, 3, 3, 5, 6, 6.5, 6.5, 6, 4.5, 5),
+    (5, 4, 3.5, 3.25, 3, 3, 3, 3, 3.25, 3.5, 4, 5),
+    (5, 7, 7, 6.6, 6.2, 5.8, 5.4, 5, 4.6, 4.2, 5, 5),
+    (5, 4, 3.5, 3.5, 4, 5, 5, 4, 3.5, 3.5, 4, 5),
+    (5, 4, 3.5, 3.5, 4, 5, 5, 5, 5, 4.7, 4.3, 5),
+)  # of the ten digits, from top to bottom
 
 
 def to_signed(images: UInt8[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
