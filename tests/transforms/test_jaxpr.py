@@ -14,12 +14,15 @@ from jax.ad_checkpoint import checkpoint_name
 from research.transforms.jaxpr import (
     bind_checkpoint,
     bind_equation,
+    bind_with,
     called_program,
+    dependent_on,
     equations,
     inner_programs,
     inputs,
     interpret,
     is_checkpoint,
+    is_plain_call,
     outputs,
     own_equations,
     scan,
@@ -75,26 +78,15 @@ def test_the_parts_of_a_scan_in_a_derivative() -> None:
     assert (backward.num_consts, backward.num_carry, backward.reverse) == (1, 2, True)  # the carry's and the weight's gradient
 
 
-def rebuild_scan(equation: Any, operands: list[Any]) -> list[Any]:
-    loop = scan(equation)
-    if loop is None:
-        inner = called_program(equation)
-        return bind_equation(equation, operands) if inner is None else interpret(inner, operands, rebuild_scan)
-    consts, end = operands[: loop.num_consts], loop.num_consts + loop.num_carry
-
-    def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-        results = interpret(loop.body, [*consts, *carry, *xs], rebuild_scan)
-        return results[: loop.num_carry], results[loop.num_carry :]
-
-    options = {"length": loop.length, "reverse": loop.reverse, "unroll": loop.unroll}
-    carry, stacked = jax.lax.scan(body, operands[loop.num_consts : end], operands[end:], **options)
-    return [*carry, *stacked]
+def rebuild(equation: Any, operands: list[Any]) -> list[Any]:
+    results = bind_with(equation, operands, rebuild)
+    return bind_equation(equation, operands) if results is None else results
 
 
 @pytest.mark.parametrize("name", SCANS)
 def test_a_scan_rebuilt_from_its_parts_computes_the_same(name: str) -> None:
     function, args, _ = SCANS[name]
-    results = interpret(jax.make_jaxpr(function)(*args), args, rebuild_scan)
+    results = interpret(jax.make_jaxpr(function)(*args), args, rebuild)
     for result, expected in zip(results, jax.tree.leaves(function(*args)), strict=True):
         np.testing.assert_array_equal(result, expected)
 
@@ -120,8 +112,24 @@ def test_a_checkpointed_part_is_a_call_of_its_program(policy: Any) -> None:
     names = [inner.primitive.name for inner in equations(program)]
     assert names.count("dot_general") == names.count("sin") == 1
     x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
-    np.testing.assert_array_equal(interpret(called_program(equation), [x], rebuild_scan)[0], block(x))
+    np.testing.assert_array_equal(interpret(called_program(equation), [x], rebuild)[0], block(x))
     assert len(inner_programs(equation)) == 1
+
+
+def test_what_depends_on_a_variable_is_found_through_calls_branches_and_loops() -> None:
+    half = jax.jit(lambda x: x / 2)
+
+    def function(x: Any, y: Any) -> Any:
+        looped = jax.lax.scan(lambda carry, _: ((carry[1], carry[1] + x, carry[2]), None), (y, y, y), length=3)[0]
+        branch = jax.lax.cond(y > 0, lambda x, y: (x, y), lambda x, y: (y, y), x, y)
+        return *looped, *branch, half(x), half(y), jnp.where(x > 0, y, y), jax.checkpoint(jnp.sin)(y)
+
+    program = jax.make_jaxpr(function)(1.0, 2.0)
+    found = dependent_on(program, inputs(program)[:1])
+    assert [out in found for out in outputs(program)] == [True, True, False, True, False, True, False, True, False]
+    called = next(called_program(e) for e in own_equations(program) if is_plain_call(e))  # `half`, which is called twice
+    inside = dependent_on(program, [outputs(called)[0]])  # a result inside of a program that is called
+    assert [out in inside for out in outputs(program)][5:7] == [True, True]
 
 
 @pytest.mark.usefixtures("primitives")
