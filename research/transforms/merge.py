@@ -21,6 +21,7 @@ from research.transforms.jaxpr import (
     layer_of,
     outputs,
     own_equations,
+    parameters,
     scan,
 )
 
@@ -91,7 +92,7 @@ def _compare(first: Any, other: Any, index: int) -> None:
     """Raises `Different` unless two programs consist of the same operations on the same shapes."""
     for a, b in zip(own_equations(first), own_equations(other), strict=False):
         same_shapes = [_aval(x) for x in [*a.invars, *a.outvars]] == [_aval(x) for x in [*b.invars, *b.outvars]]
-        if a.primitive != b.primitive or not same_shapes or not _same_options(a.params, b.params):
+        if a.primitive != b.primitive or not same_shapes or not _same_options(parameters(a), parameters(b)):
             raise Different(f"{_where(a)}: {_what(a)} in one, {_what(b)} in the other", index)
         for inner, other_inner in zip(inner_programs(a), inner_programs(b), strict=True):
             _compare(inner, other_inner, index)
