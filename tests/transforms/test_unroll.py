@@ -84,6 +84,26 @@ def test_values_are_those_of_single_steps_and_derivatives_those_of_central_diffe
         np.testing.assert_allclose(derivatives[i], difference, rtol=1e-3)
 
 
+@pytest.mark.slow
+def test_a_coefficient_of_a_loss_is_a_hyper_parameter_too() -> None:
+    model, decay = keras.Sequential([keras.Input((4,)), layers.Dense(1)]), keras.Variable(0.5, trainable=False)
+
+    def loss(batch: Any, training: bool) -> Any:
+        penalty = keras.ops.sum(model.trainable_variables[0] ** 2)
+        return keras.ops.mean((model(batch.x) - batch.y) ** 2) + decay * penalty, {}
+
+    learner = research.learner(loss, [model, decay], keras.optimizers.SGD(0.05), example=HELD_OUT)
+    state, unrolled = learner.init(), unroll(learner, STEPS)
+
+    def size(coefficient: Any) -> Any:
+        after, _ = unrolled(state._replace(non_trainable=[coefficient]), BATCHES._replace(sample_weight=None))
+        return jnp.sum(after.trainable[0] ** 2)
+
+    value, derivative = jax.jit(size), jax.jit(jax.grad(size))(0.5)
+    np.testing.assert_allclose(derivative, (value(0.51) - value(0.49)) / 0.02, rtol=1e-3)
+    assert derivative < 0
+
+
 @pytest.mark.parametrize("steps", [7, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 12, 17))])
 def test_any_number_of_steps_equals_their_fold_with_its_derivatives_in_both_modes(steps: int) -> None:
     learner = one_weight(lambda weight, batch: weight - 0.1 * jnp.sin(weight * batch))
