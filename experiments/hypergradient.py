@@ -1,6 +1,6 @@
 """Learn a learning rate: the gradient of 200 training steps with respect to it, through all of them.
 
-    just run hypergradient            # a quarter of a minute on two idle cores
+    just run hypergradient            # ten seconds on two idle cores
 
 Metalearning a learning rate on MNIST-1D (Greydanus and Kobak, arXiv:2011.14439, after Maclaurin et al., arXiv:1502.03492): a
 network of 50 hidden units is trained for 200 steps of SGD on batches of 50. Its mean training loss is minimised over the learning

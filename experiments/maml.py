@@ -1,6 +1,6 @@
 """Learn initial weights from which one step of SGD fits a new sinusoid: model-agnostic meta-learning.
 
-    just run maml                     # half a minute on two idle cores
+    just run maml                     # a quarter of a minute on two idle cores
     just run maml --shots 5
 
 Finn et al., arXiv:1703.03400, section 5.1: a task is a sinusoid with its own amplitude and phase. From the initial weights one
