@@ -43,7 +43,8 @@ def check_fields(config: Any) -> None:
         value = getattr(config, name)
         interval = outside(annotation, value)
         if interval is not None:
-            raise InvalidArgument(f"--{name.replace('_', '-')} {value}: expected a value in {interval.text}.")
+            shown = " ".join(map(str, value)) if isinstance(value, tuple | list) else value
+            raise InvalidArgument(f"--{name.replace('_', '-')} {shown}: expected a value in {interval.text}.")
 
 
 def outside(annotation: Any, value: Any) -> Interval | None:

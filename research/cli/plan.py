@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import math
 import sys
 import tempfile
 import time
@@ -39,7 +40,7 @@ from research.planning.table import plan_table, ranking_table
 from research.reporting import record
 
 BUDGETS = Path("tests") / "budgets.json"
-BUDGET_TOPOLOGY, BUDGET_MESHES = "v5e:2x4", ("data=2,fsdp=4",)  # small, with every kind of collective
+BUDGET_TOPOLOGY, BUDGET_CHIPS, BUDGET_MESHES = "v5e:2x4", 8, ("data=2,fsdp=4",)  # small, with every kind of collective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +214,10 @@ def write_budgets(run_dir: str | None) -> None:
         for mesh in BUDGET_MESHES:
             print(f"{name} on {BUDGET_TOPOLOGY}, {mesh}", file=sys.stderr, flush=True)
             try:
-                subject, options = parse_command([name, "--topology", BUDGET_TOPOLOGY, "--mesh", mesh])
+                batch_size = load_experiment(name).module.Config().batch_size
+                divisible = str(math.ceil(batch_size / BUDGET_CHIPS) * BUDGET_CHIPS)
+                about = ["--topology", BUDGET_TOPOLOGY, "--mesh", mesh, "--batch-size", divisible]
+                subject, options = parse_command([name, *about])
                 plan = compute_plan(subject, options)
             except InvalidArgument as error:
                 raise InvalidArgument(f"{name}: {error}") from error

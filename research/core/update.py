@@ -67,6 +67,11 @@ def as_update(optimizer: Any, variables: Sequence[keras.Variable]) -> Update:
     if isinstance(optimizer, optax.GradientTransformation):
         return optax_update(optimizer, variables)
     update = optimizer(list(variables))
+    if isinstance(update, keras.Optimizer | optax.GradientTransformation):
+        raise InvalidArgument(
+            "optimizer: the function was called with the variables and returned an optimizer, expected a research.Update. "
+            "Give the optimizer itself, such as keras.optimizers.Adam() or optax.adam(1e-3)."
+        )
     check_type(update, Update, "optimizer: what the function returned", "a research.Update of the variables")
     return update
 

@@ -175,7 +175,8 @@ WRONG_TYPES: dict[str, tuple[Any, str]] = {
     ),
     "optax without a rate": (
         lambda: research.supervised(model(), loss="mse", optimizer=optax.adam),
-        f"optimizer is a function, {OPTIMIZERS}",
+        "optimizer: the function was called with the variables and returned an optimizer, expected a research.Update. "
+        "Give the optimizer itself, such as keras.optimizers.Adam() or optax.adam(1e-3).",
     ),
     "no optimizer for a loss": (
         lambda: research.learner(zero_loss, model(), None, example=BATCH),
