@@ -120,9 +120,7 @@ def import_keras_hub() -> Any:
 def network(config: Config) -> keras.Model:
     """Returns the network: tokens int32 [batch, context] to logits float32 [batch, context, vocabulary] of the next token."""
     options = gpt.resolve_preset(gpt_config(config))
-    blocks = [f"decoder_block_{i}" for i in range(PRESETS[config.preset]["num_layers"])] if options.remat else []
-    with keras.RematScope(mode="list_of_layers", layer_names=blocks):
-        backbone = import_keras_hub().models.GemmaBackbone(**PRESETS[config.preset], dtype=options.dtype_policy)
+    backbone = import_keras_hub().models.GemmaBackbone(**PRESETS[config.preset], dtype=options.dtype_policy)
     tokens = keras.Input((options.context,), dtype="int32", name="tokens")
     features = backbone({"token_ids": tokens, "padding_mask": keras.ops.ones_like(tokens)})
     logits = backbone.token_embedding(features, reverse=True)
@@ -137,6 +135,7 @@ def build(config: Config) -> research.Learner:
         network(config),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         optimizer=gpt.optimizer(gpt_config(config)),
+        objective_transform=gpt.remat_blocks(gpt_config(config)),
         gradient_transform=lambda gradient: research.accumulate(gradient, parts) if parts > 1 else gradient,
     )
 

@@ -15,6 +15,7 @@ window starts without context, so its first bytes are the hardest. The text look
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -25,6 +26,7 @@ from jaxtyping import Array, Float, Int
 import research
 from experiments import _text
 from experiments._config import Count, CountOrZero, Fraction, NonNegative, Positive, Seed, TrainingOptions
+from research.core.objective import Objective
 from research.core.state import scope_mapping
 from research.cpu.sums import fast_sums
 from research.data import Batches, num_batches
@@ -167,14 +169,12 @@ class PositionEmbedding(keras.Layer):
 class Block(keras.Layer):
     """Causal attention, then two dense layers, each with a residual connection.
 
-    `residual` scales the initial weights before each residual sum. With `remat` the backward pass recomputes all activations.
+    `residual` scales the initial weights before each residual sum.
     """
 
-    def __init__(
-        self, width: int, heads: int, residual: float = 1.0, dropout: float = 0.0, remat: bool = False, **options: Any
-    ) -> None:
+    def __init__(self, width: int, heads: int, residual: float = 1.0, dropout: float = 0.0, **options: Any) -> None:
         super().__init__(**options)
-        self.settings = {"width": width, "heads": heads, "residual": residual, "dropout": dropout, "remat": remat}
+        self.settings = {"width": width, "heads": heads, "residual": residual, "dropout": dropout}
         layers, dtype = keras.layers, {"dtype": self.dtype_policy}
         to_heads = {"equation": "btd,dhk->bthk", "output_shape": (None, heads, width // heads), "bias_axes": "hk", **dtype}
         from_heads = {"equation": "bthk,hkd->btd", "output_shape": (None, width), "bias_axes": "d", **dtype}
@@ -202,16 +202,11 @@ class Block(keras.Layer):
         """Returns features of every token, computed from it and those before it."""
         rate, dropout_keys = self.settings["dropout"] if training else 0.0, None
         if rate:
-            # Outside `jax.checkpoint`: a seed updated inside it would be a leaked tracer.
             dropout_keys = jax.random.split(jax.random.wrap_key_data(self.seed_generator.next(), impl="threefry2x32"))
-
-        def features(x: Array, dropout_keys: Array | None) -> Array:
-            h = self.attention_norm(x)
-            heads = attention(self.query(h), self.key(h), self.value(h), jnp.tri(x.shape[1], dtype=bool))
-            x = x + dropout(self.attention_output(heads), rate, dropout_keys, 0)
-            return x + dropout(self._dense(x), rate, dropout_keys, 1)
-
-        return (jax.checkpoint(features) if self.settings["remat"] else features)(x, dropout_keys)
+        h = self.attention_norm(x)
+        heads = attention(self.query(h), self.key(h), self.value(h), jnp.tri(x.shape[1], dtype=bool))
+        x = x + dropout(self.attention_output(heads), rate, dropout_keys, 0)
+        return x + dropout(self._dense(x), rate, dropout_keys, 1)
 
     def call_with_cache(
         self, x: Float[Array, "batch new width"], cache: "Cache", layer: int, start: Int[Array, ""]
@@ -263,7 +258,7 @@ def network(config: Config) -> keras.Model:
     x = PositionEmbedding(preset.context, name="positions", **policy)(embedding(tokens))
     if config.dropout:
         x = keras.layers.Dropout(config.dropout, name="dropout", **policy)(x)
-    settings = {"residual": (2 * preset.layers) ** -0.5, "dropout": config.dropout, "remat": preset.remat}
+    settings = {"residual": (2 * preset.layers) ** -0.5, "dropout": config.dropout}
     for i in range(preset.layers):
         x = Block(preset.width, preset.heads, name=f"block_{i}", **settings, **policy)(x)
     x = keras.layers.LayerNormalization(epsilon=1e-5, name="norm", **policy)(x)
@@ -283,6 +278,13 @@ def optimizer(config: Config) -> keras.Optimizer:
     return adam
 
 
+def remat_blocks(config: Config) -> Callable[[Objective], Objective]:
+    """Returns what makes the backward pass of an objective compute each block's activations again, where the preset says so."""
+    if not resolve_preset(config).remat:
+        return lambda objective: objective
+    return functools.partial(research.transforms.remat, layers=r"(decoder_)?block_\d+")
+
+
 def build(config: Config) -> research.Learner:
     """Cross-entropy of each byte, predicted from those before it in its window."""
     keras.utils.set_random_seed(config.seed)
@@ -291,6 +293,7 @@ def build(config: Config) -> research.Learner:
         network(config),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         optimizer=optimizer(config),
+        objective_transform=remat_blocks(config),
         gradient_transform=lambda gradient: research.accumulate(gradient, parts) if parts > 1 else gradient,
     )
     return learner._replace(train=fast_sums(learner.train)) if config.sums == "fast" else learner

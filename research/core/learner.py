@@ -55,8 +55,8 @@ class Learner(NamedTuple):
     compile_args: dict[str, Any] | None = None
 
 
-def _unchanged(gradient: Gradient) -> Gradient:
-    return gradient
+def _unchanged(function: Any) -> Any:
+    return function
 
 
 def supervised(
@@ -68,6 +68,7 @@ def supervised(
     weighted_metrics: Any = None,
     loss_weights: Any = None,
     example: Batch | None = None,
+    objective_transform: Callable[[Objective], Objective] = _unchanged,
     gradient_transform: Callable[[Gradient], Gradient] = _unchanged,
 ) -> Learner:
     """Returns supervised learning of a Keras model; the arguments are those of `model.compile`.
@@ -75,6 +76,7 @@ def supervised(
     `optimizer` may also be an optax transformation, or a function from the model's trainable variables to an `Update`, such as
     `research.transforms.by_path` returns.
 
+    `objective_transform` changes what is minimised, before it is differentiated, for example `research.transforms.remat`;
     `gradient_transform` changes the gradient before the update, for example `lambda gradient: accumulate(gradient, 4)`.
     `example`, a batch of arrays or of `jax.ShapeDtypeStruct`s, is needed if the model has no `keras.Input`, or if a metric makes
     its variables from targets that are not shaped like the outputs. Freeze layers before this call. Raises `InvalidArgument`: see
@@ -87,7 +89,7 @@ def supervised(
     >>> sorted(logs), learner.names.trainable
     (['loss', 'mae'], ['sequential/dense/kernel', 'sequential/dense/bias'])
     """
-    check_type(gradient_transform, Callable, "supervised: gradient_transform", "a function from a gradient to a gradient")
+    check_transforms("supervised", objective_transform, gradient_transform)
     objective, metric_state = keras_objective(
         model, loss=loss, metrics=metrics, weighted_metrics=weighted_metrics, loss_weights=loss_weights, example=example
     )
@@ -99,10 +101,12 @@ def supervised(
         model.non_trainable_variables,
         optimizer,
         predict=lambda state, batch: forward(model, state, batch.x),
+        objective_transform=objective_transform,
         gradient_transform=gradient_transform,
     )
     compile_args = {"loss": loss, "metrics": metrics, "weighted_metrics": weighted_metrics, "loss_weights": loss_weights}
-    as_in_keras = isinstance(optimizer, keras.Optimizer) and gradient_transform is _unchanged
+    transformed = (objective_transform, gradient_transform) != (_unchanged, _unchanged)
+    as_in_keras = isinstance(optimizer, keras.Optimizer) and not transformed
     return learner._replace(
         targets=((model, loss),), compile_args={**compile_args, "optimizer": optimizer} if as_in_keras else None
     )
@@ -116,6 +120,7 @@ def from_objective(
     optimizer: Any,
     *,
     predict: Callable[[State, Any], PyTree],
+    objective_transform: Callable[[Objective], Objective] = _unchanged,
     gradient_transform: Callable[[Gradient], Gradient] = _unchanged,
 ) -> Learner:
     """Returns the learner that minimises an objective over Keras variables; its state is a `State`.
@@ -132,6 +137,7 @@ def from_objective(
     ['iteration', 'learning_rate']
     """
     update = as_update(optimizer, trainable)
+    objective = objective_transform(objective)
 
     def init() -> State:
         weights = copy_values(trainable)
@@ -159,6 +165,17 @@ def from_objective(
         names=names(),
         state_mapping=state_mapping,
     )
+
+
+def check_transforms(function: str, objective_transform: Any, gradient_transform: Any) -> None:
+    """Raises `InvalidArgument` for what is not a function, in an argument of `function`.
+
+    >>> check_transforms("supervised", None, lambda gradient: gradient)
+    Traceback (most recent call last):
+    research.core.state.InvalidArgument: supervised: objective_transform is None, expected a function from an objective to an ...
+    """
+    check_type(objective_transform, Callable, f"{function}: objective_transform", "a function from an objective to an objective")
+    check_type(gradient_transform, Callable, f"{function}: gradient_transform", "a function from a gradient to a gradient")
 
 
 def as_optimizer(optimizer: Any, models: Sequence[Any]) -> Any:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import keras
 from jaxtyping import Array, Float, PyTree
 
-from research.core.learner import Learner, as_optimizer, from_objective
+from research.core.learner import Learner, as_optimizer, check_transforms, from_objective
 from research.core.metrics import Metrics, as_shapes, metric_variables, pack_metrics, running_metrics
 from research.core.names import unique_names
 from research.core.objective import Aux, Objective
@@ -37,6 +37,7 @@ def learner(
     *,
     example: Any,
     predict: Callable[[Any], PyTree] | None = None,
+    objective_transform: Callable[[Objective], Objective] = lambda objective: objective,
     gradient_transform: Callable[[Gradient], Gradient] = lambda gradient: gradient,
 ) -> Learner:
     """Returns a learner that minimises a loss written as plain Keras code.
@@ -50,7 +51,8 @@ def learner(
     `keras.Metric`s that it updates, which are then logged too. Non-trainable ones (a frozen teacher) are listed as well.
     `optimizer` is what `model.compile` takes, or optax'. `example` is a batch or its `jax.ShapeDtypeStruct`s, for example
     `data.shapes`; its shapes alone are used, to build the models and to find the names of the scalars. `predict(batch)` returns
-    outputs, as plain Keras code too; by default a single model is called on `batch.x`.
+    outputs, as plain Keras code too; by default a single model is called on `batch.x`. `objective_transform` and
+    `gradient_transform` are those of `supervised`.
 
     The state is a `State` with the variables of all models in the order of `models`: see `part` and `write_back`. Raises
     `InvalidArgument` for a loss that is no scalar, for scalars that differ between calls, and, when the step is traced, for a
@@ -74,7 +76,7 @@ def learner(
     check_type(loss_function, Callable, "learner: the loss", "a function loss(batch, training) that returns (loss, scalars)")
     if isinstance(loss_function, keras.Layer):
         raise InvalidArgument("learner: the loss is a model; pass a function that calls it, or use research.supervised(model).")
-    check_type(gradient_transform, Callable, "learner: gradient_transform", "a function from a gradient to a gradient")
+    check_transforms("learner", objective_transform, gradient_transform)
     objects = list(models) if isinstance(models, list | tuple) else [models]
     for item in objects:
         if not isinstance(item, KERAS_OBJECTS):
@@ -100,6 +102,7 @@ def learner(
         variables.non_trainable,
         optimizer,
         predict=predict_outputs,
+        objective_transform=objective_transform,
         gradient_transform=gradient_transform,
     )
 
@@ -121,18 +124,36 @@ class _Objects(NamedTuple):
 
     def check(self, function: str, scope: SharedScope) -> None:
         """Raises `InvalidArgument` if code in a scope used or assigned a variable that no state holds."""
-        own = {id(v) for v in [*self.trainable, *self.non_trainable, *metric_variables(self.metrics.variables)]}
-        outer = scope.original_scope
-        for variables, verb, effect in (
-            (scope.written, "assigns to", "the assignment would be lost"),
-            (scope.read, "uses", "its value would be a constant"),
-        ):
-            for key, variable in variables.items():
-                if key not in own and (outer is None or outer.get_current_value(variable) is None):
-                    raise InvalidArgument(
-                        f"learner: the {function} {verb} {variable.path!r}, which belongs to nothing in `models`, so {effect}; "
-                        "add its model, layer, metric or seed generator to models, or join its learner with research.joint."
-                    )
+        check_variables(
+            scope,
+            [*self.trainable, *self.non_trainable, *metric_variables(self.metrics.variables)],
+            f"learner: the {function}",
+            "nothing in `models`",
+            "add its model, layer, metric or seed generator to models",
+        )
+
+
+def check_variables(scope: SharedScope, known: Sequence[keras.Variable], function: str, where: str, advice: str) -> None:
+    """Raises `InvalidArgument` if code in a scope used or assigned another variable than the known ones and those around it.
+
+    >>> variable = keras.Variable(1.0, name="temperature")
+    >>> with SharedScope() as scope:
+    ...     _ = variable * 2.0
+    >>> check_variables(scope, [], "learner: the loss", "nothing in `models`", "add it to models")
+    Traceback (most recent call last):
+    research.core.state.InvalidArgument: learner: the loss uses 'temperature', which belongs to nothing in `models`, so ...
+    """
+    own, outer = {id(variable) for variable in known}, scope.original_scope
+    for variables, verb, effect in (
+        (scope.written, "assigns to", "the assignment would be lost"),
+        (scope.read, "uses", "its value would be a constant"),
+    ):
+        for key, variable in variables.items():
+            if key not in own and (outer is None or outer.get_current_value(variable) is None):
+                raise InvalidArgument(
+                    f"{function} {verb} {variable.path!r}, which belongs to {where}, so {effect}; {advice}, or join its learner "
+                    "with research.joint."
+                )
 
 
 def _trace(loss_function: LossFunction, batch: Any) -> tuple[list[str], set[int]]:

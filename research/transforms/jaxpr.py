@@ -5,6 +5,7 @@ other primitives that hold programs. The rest of the code reads programs through
 `jax.make_jaxpr` returns, or what an equation holds.
 """
 
+import contextlib
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -75,6 +76,11 @@ def constants(program: Any) -> Sequence[Any]:
     return getattr(program, "consts", ())
 
 
+def constant_variables(program: Any) -> Sequence[Any]:
+    """Returns the variables that stand for `constants` in a program's equations."""
+    return getattr(program, "jaxpr", program).constvars
+
+
 def is_literal(atom: Any) -> bool:
     """Returns whether an operand of an equation is a constant written in it, not a variable."""
     return isinstance(atom, jax.extend.core.Literal)
@@ -107,13 +113,13 @@ def interpret(
 
 
 def bind_equation(equation: Any, operands: Sequence[Any]) -> list[Any]:
-    """Returns the results of a program's equation for these operands.
+    """Returns the results of a program's equation for these operands, as part of the same layer (`layer_of`).
 
     >>> (equation,) = own_equations(jax.make_jaxpr(jnp.sin)(0.0))
     >>> [float(result) for result in bind_equation(equation, [jnp.zeros(())])]
     [0.0]
     """
-    with equation.ctx.manager:
+    with in_layer(equation), equation.ctx.manager:
         results = equation.primitive.bind(*operands, **equation.primitive.get_bind_params(equation.params))
     return list(results) if equation.primitive.multiple_results else [results]
 
@@ -202,7 +208,7 @@ def bind_checkpoint(equation: Any, function: Callable[..., list[Any]], operands:
     >>> bind_checkpoint(equation, lambda x: [x + 1], [jnp.ones(())])
     [Array(2., dtype=float32)]
     """
-    with equation.ctx.manager:
+    with in_layer(equation), equation.ctx.manager:
         if equation.primitive.name == _HI_PRIMITIVE:
             options = equation.params["_prim"].params
             options = {name: options[name] for name in ("policy", "prevent_cse") if name in options}
@@ -230,7 +236,8 @@ def bind_with(equation: Any, operands: Sequence[Any], apply: Callable[[Any, list
     2.0
     """
     if is_plain_call(equation):
-        return interpret(called_program(equation), operands, apply)
+        with in_layer(equation):
+            return interpret(called_program(equation), operands, apply)
     if is_checkpoint(equation):
         return bind_checkpoint(equation, lambda *args: interpret(called_program(equation), args, apply), operands)
     if is_cond(equation):
@@ -347,6 +354,22 @@ def layer_of(equation: Any) -> str:
     """
     path = re.sub(r"\w+\(([^()]*)\)", r"\1", str(equation.source_info.name_stack))  # without jvp(...) and transpose(...)
     return path.strip("/")
+
+
+def in_layer(equation: Any) -> contextlib.AbstractContextManager[None]:
+    """Returns a context in which new equations come from the same layer, as `layer_of` and profiles show it.
+
+    >>> with jax.named_scope("head"):
+    ...     (equation,) = own_equations(jax.make_jaxpr(jnp.sin)(0.0))
+    >>> def cos(x):
+    ...     with in_layer(equation):
+    ...         return jnp.cos(x)
+    >>> layer_of(own_equations(jax.make_jaxpr(cos)(0.0))[0]) == layer_of(equation)
+    True
+    """
+    name = layer_of(equation)
+    context: contextlib.AbstractContextManager[None] = jax.named_scope(name) if name else contextlib.nullcontext()
+    return context
 
 
 def _has_loop_axis(outside: Any, inside: Any) -> bool:
