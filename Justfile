@@ -99,7 +99,7 @@ test *args: _dev _peers _libtpu _hub
     @"{{ bin }}/ruff" check
     @"{{ bin }}/mypy"
     @"{{ bin }}/lint-imports" --no-logo --no-cache
-    @"{{ bin }}/python" -m pytest -n 2 "$@"
+    @"{{ bin }}/python" -m pytest -n 3 "$@"
     @[ "$#" -gt 0 ] || "{{ peers }}/python" -m pytest -n 2 --dist loadfile -W default tests/peers
     @[ "$#" -gt 0 ] || "{{ peers }}/python" "{{ root }}/scripts/conformance.py"
     @[ "$#" -gt 0 ] || "{{ just_executable() }}" --justfile "{{ justfile() }}" test-newest

@@ -1,6 +1,8 @@
 """Strict mode: eight simulated devices, type annotations checked at run time, strict dtype promotion, warnings as errors."""
 
 import atexit
+import collections
+import gc
 import os
 import shutil
 import tempfile
@@ -29,6 +31,30 @@ from collections.abc import Iterator  # noqa: E402
 import jax  # noqa: E402
 import keras  # noqa: E402
 import pytest  # noqa: E402
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--complete", action="store_true", help="run every case of the tests that are marked as samples")
+
+
+@pytest.hookimpl(trylast=True)  # after `-m` and `-k`
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselects all but each n-th of the cases of a test that is marked `sample(n)`."""
+    if config.getoption("--complete"):
+        return
+    selected, left_out, counts = [], [], collections.Counter[str]()
+    for item in items:
+        marker, test = item.get_closest_marker("sample"), item.nodeid.partition("[")[0]
+        (left_out if marker and counts[test] % marker.args[0] else selected).append(item)
+        counts[test] += 1
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = selected
+
+
+def pytest_collection_finish() -> None:
+    """Keeps the garbage collector from going through everything that was imported, again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

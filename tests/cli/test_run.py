@@ -96,6 +96,7 @@ def test_the_same_config_gives_the_same_numbers_in_every_style(finished: Path, t
         assert strict((tmp_path / style / "summary.json").read_text())["metrics"] == expected
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

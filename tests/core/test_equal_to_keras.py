@@ -71,6 +71,7 @@ def build_learner(case: Case, constructor: str) -> tuple[research.Learner, keras
     return research.supervised(model, example=example, optimizer=optimizer, **compile_args), model, optimizer
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("constructor", CONSTRUCTORS)
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_and_logs_equal_keras_bit_for_bit(name: str, constructor: str) -> None:
@@ -88,6 +89,7 @@ def test_weights_and_logs_equal_keras_bit_for_bit(name: str, constructor: str) -
         np.testing.assert_array_equal(a.value, b.value, err_msg=a.path)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("constructor", CONSTRUCTORS)
 @pytest.mark.parametrize("name", NAMES)
@@ -106,6 +108,7 @@ def test_evaluation_equals_keras_test_on_batch_bit_for_bit(name: str, constructo
     )
 
 
+@pytest.mark.sample(3)
 @pytest.mark.slow
 @pytest.mark.promotes
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ def contractions(function: Any, *args: Any) -> list[tuple[int, ...]]:
     return results
 
 
+@pytest.mark.sample(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", slow_after_first([*REWRITTEN, *UNCHANGED]))
 def test_gradients_are_equal_to_rounding(name: str) -> None:

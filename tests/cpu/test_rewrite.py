@@ -47,6 +47,7 @@ def primitives(function: Any, *args: Any) -> set[str]:
     return {equation.primitive.name for equation in equations(jax.make_jaxpr(function)(*args).jaxpr)}
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("dtype", slow_after_first(["float32", "bfloat16"]))
 @pytest.mark.parametrize("distribution", slow_after_first(["ties", "distinct", "mostly zero", "infinite"]))
 @pytest.mark.parametrize("name", [*REWRITTEN, *UNCHANGED])
@@ -154,6 +155,7 @@ DRAWS = {
 }
 
 
+@pytest.mark.sample(5)
 @pytest.mark.slow
 @pytest.mark.parametrize("partitionable", slow_after_first([True, False]))
 @pytest.mark.parametrize("typed", slow_after_first([True, False]))

@@ -17,6 +17,7 @@ def marks(name: str) -> list[Any]:
     return [pytest.mark.promotes] + [pytest.mark.slow] * (name not in FAST)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in EQUAL])
 def test_models_of_many_kinds_train_as_in_keras_fit_to_the_last_bit(name: str) -> None:
     model, arguments, batch = EQUAL[name]()

@@ -82,6 +82,7 @@ def train(learner: research.Learner, data: research.Batches, state: Any, steps: 
     return state, losses
 
 
+@pytest.mark.sample(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("axes", MESHES)
 @pytest.mark.parametrize("model", MODELS)

@@ -172,6 +172,7 @@ def test_the_command_writes_a_report_of_one_run_or_a_comparison_of_several(tmp_p
         assert Page(tmp_path / path).tables
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

@@ -153,6 +153,7 @@ def test_every_worker_gets_the_arguments_unchanged(ready: World) -> None:
     assert ready.arguments() == [["-m", "research", "run", "digits", *ODD, "--run-dir", "/mnt/runs/its name"]] * 2
 
 
+@pytest.mark.sample(4)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("codes", "code"),

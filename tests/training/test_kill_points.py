@@ -84,6 +84,7 @@ def train(classifier: research.Learner, directory: Path, schedule: tuple[int | N
     return state, last, (directory / "metrics.jsonl").read_text()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_training_killed_at_any_point_logs_after_resuming_what_an_undisturbed_one_logs(
@@ -164,6 +165,7 @@ def kill(run: Run, directory: Path, seed: int = 0, kill_at: int = 7) -> None:
         run(directory, seed, kill_at)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("kill_at", [2, 7, 12])  # in the first, second and third evaluation
 def test_a_run_killed_during_an_evaluation_logs_after_resuming_what_an_undisturbed_one_logs(
@@ -199,6 +201,7 @@ def of_another_config(run: Run, checkpoints: Path) -> str:
     return "000000010 does not belong here (its config is '000000000000', expected '"
 
 
+@pytest.mark.sample(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("change", [of_another_run, renamed, of_another_config])
 def test_a_run_goes_on_from_its_own_checkpoint_and_names_what_does_not_belong_to_it(

@@ -101,6 +101,7 @@ def trained(build: Callable[[], research.Learner], resident: bool, observe: Any 
     return state, entries
 
 
+@pytest.mark.sample(3)
 @pytest.mark.promotes
 @pytest.mark.parametrize("name", slow_after_first(["supervised", "host", *list(LEARNERS)[1:]]))
 def test_state_and_logs_are_bit_for_bit_those_without_observe(name: str) -> None:

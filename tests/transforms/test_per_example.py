@@ -68,6 +68,7 @@ def loop(gradient: Any, state: research.State, batch: research.Batch) -> tuple[l
     return values, losses
 
 
+@pytest.mark.sample(2)
 @pytest.mark.promotes
 @pytest.mark.parametrize("name", slow_after_first(MODELS))
 def test_gradients_of_examples_equal_a_loop_over_them(name: str) -> None:

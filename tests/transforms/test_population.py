@@ -83,6 +83,7 @@ MEMBERS = [
 ]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.slow
 @pytest.mark.promotes
 @pytest.mark.parametrize("mapped", [False, True])

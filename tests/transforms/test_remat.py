@@ -29,6 +29,7 @@ def trained(model: keras.Model, batch: research.Batch, transform: Any, steps: in
     return state, logs
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", slow_after_first(["norm-adam", "two-outputs", "subclassed-add-loss", "sequence-masked"]))
 def test_no_number_changes(name: str) -> None:
     case = CASES[name]
@@ -56,6 +57,7 @@ TOKENS = research.Batch(
 LOSS = {"loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True), "metrics": ["accuracy"]}
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("layer", slow_after_first([layers.LSTM, layers.GRU, layers.SimpleRNN]))
 def test_recurrent_layers_compute_their_gates_again_bit_for_bit(layer: Callable[..., Any]) -> None:
     stored = trained(recurrent(layer), TOKENS, lambda objective: objective, **LOSS)

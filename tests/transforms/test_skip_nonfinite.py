@@ -97,6 +97,7 @@ def test_a_run_with_a_poisoned_batch_equals_the_run_without_it(name: str) -> Non
     assert_law(LEARNERS[name], BATCHES)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.slow
 @pytest.mark.promotes
 @pytest.mark.parametrize("name", CASES)

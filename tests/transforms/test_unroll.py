@@ -127,6 +127,7 @@ def test_any_number_of_steps_equals_their_fold_with_its_derivatives_in_both_mode
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), forwards, expected[1])
 
 
+@pytest.mark.sample(3)
 @pytest.mark.slow
 @pytest.mark.promotes
 @pytest.mark.parametrize(
