@@ -50,6 +50,12 @@ def test_each_program_of_the_deviations_prints_what_its_comments_state(number: i
     assert output(imports + code[number], tmp_path).splitlines() == stated
 
 
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_the_programs_of_the_other_pages_run(page: str, tmp_path: Path) -> None:
+    for code in programs(f"docs/{page}"):
+        output(code, tmp_path)
+
+
 def test_the_readme_names_every_package_and_only_files_that_exist() -> None:
     rows = re.findall(r"^\| ((?:`[\w/.]+`(?:, )?)+) \| (.*?) \|", section("Where things are"), re.MULTILINE)
     paths = [path for names, _ in rows for path in re.findall(r"`([\w/.]+)`", names)]
