@@ -83,6 +83,8 @@ class Config(TrainingOptions):
     """Whether all departments have the same weight in the loss, however many tickets they have. (Measured: little difference.)"""
     learning_rate: Positive = 1e-3
     """Learning rate of Adam."""
+    remat: bool = False
+    """Whether the backward pass computes the gates of the LSTMs again: a sixth of the memory traffic on a TPU."""
     epochs: CountOrZero = 6
     seed: Seed = 0
     """Seed of initial weights and the order of training. The split is always the same: a run never tests on tickets that the run
@@ -179,6 +181,7 @@ def build(config: Config) -> research.Learner:
         loss_weights={head: weights[head] for head in heads},
         metrics={head: metrics[head] for head in heads},
         optimizer=keras.optimizers.Adam(config.learning_rate),
+        objective_transform=research.transforms.remat_loops if config.remat else lambda objective: objective,
     )
 
 
