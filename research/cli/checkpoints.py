@@ -14,6 +14,7 @@ from research.reporting import record
 from research.training.checkpoint_policy import Timer
 from research.training.logs import LogEntry
 from research.training.loop import Every, Hook
+from research.transforms.population import EACH
 
 AUTO_SECONDS, AUTO_SHARE = 60.0, 0.01
 SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
@@ -146,6 +147,8 @@ def check_best(best: Best | None, learner: Learner, state: Any, splits: dict[str
         _, logs = jax.eval_shape(learner.train if split == "train" else learner.evaluate, state, splits[split].shapes)
         prefix = "" if split == "train" else f"{split}_"
         for name, log in logs.items():
+            if name.endswith(EACH):  # of a population the mean counts
+                continue
             known += [f"{prefix}{name}"] if not log.shape else [f"{prefix}{name}_{i}" for i in range(log.size)]
     if best.metric not in known:
         raise InvalidArgument(f"--keep-best {best.metric}: there is no such metric; expected one of {', '.join(known)}.")

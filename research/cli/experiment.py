@@ -17,11 +17,15 @@ CHECKOUT = Path(__file__).resolve().parents[2]  # holds experiments/ in a checko
 
 
 class Experiment(NamedTuple):
-    """An experiment's name, its module with `Config`, `build` and `data`, and the file it was read from."""
+    """An experiment's name, its module with `Config`, `build` and `data`, and the file it was read from.
+
+    `member` is the experiment of one member if this is that of a population, see `cli.members`.
+    """
 
     name: str
     module: Any  # a `ModuleType`
     file: Path
+    member: "Experiment | None" = None
 
 
 class UnknownExperiment(InvalidArgument):

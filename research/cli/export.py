@@ -3,13 +3,16 @@
 just export digits                       # model.keras and model.weights.h5
 just export digits --step                # exported/STEP: programs for CPU, GPU and TPU, the state, and a script that trains on
 just export digits --step --batches 100  # with the next 100 batches of the run
+just export digits --member 3            # of a population: member 3 alone, in members/3; without --member the best one
 
 Where TensorFlow is installed, --step writes the predictions as a SavedModel too.
 """
 
 import importlib.util
+import re
 from pathlib import Path
 
+from research.cli import members
 from research.cli.arguments import Parser, UsageError, fail, print_error
 from research.cli.contract import check_splits
 from research.cli.errors import describe_error
@@ -18,6 +21,7 @@ from research.cli.runs import RecordedRun, load_run
 from research.cli.startup import check_devices
 from research.core.learner import Learner
 from research.core.state import InvalidArgument
+from research.reporting import record
 from research.training import checkpoint, portable
 
 MAX_BATCHES = 10_000
@@ -33,8 +37,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("run", help="a run directory, or an experiment's name for its latest run")
     parser.add_argument("--step", action="store_true", help="write the training step, for use without this package")
     parser.add_argument("--batches", type=int, default=3, help="how many of the run's next batches to write with it")
+    parser.add_argument("--member", default="best", help="which member of a population: its number, or best")
     try:
         parsed = parser.parse_args(arguments)
+        if parsed.member != "best" and not re.fullmatch("[0-9]{1,9}", parsed.member):
+            raise UsageError(f"--member {parsed.member}: expected the number of a member, or best")
         if not 1 <= parsed.batches <= MAX_BATCHES:
             raise UsageError(f"--batches {parsed.batches}: expected a value in [1, {MAX_BATCHES}]")
     except UsageError as error:
@@ -47,9 +54,12 @@ def main(arguments: list[str]) -> int:
         return fail(str(error), 1)
     try:
         learner, restored = _restore(run)
+        if run.experiment.member is not None or parsed.member != "best":
+            run, learner, restored = _take_member(run, restored, parsed.member)
         if parsed.step:
             print(f"step {restored.step}: {_export_step(run, learner, restored, parsed.batches)}")
             return 0
+        run.directory.mkdir(parents=True, exist_ok=True)
         paths = save_models(run.directory, build_models(run.experiment.module, run.config, restored.state))
     except InvalidArgument as error:
         return fail(str(error), 1)
@@ -67,6 +77,23 @@ def _restore(run: RecordedRun) -> tuple[Learner, checkpoint.Checkpoint]:
     restored = checkpoint.restore_latest(directory, learner.init(), learner.names, print_error, run.origin)
     assert restored is not None
     return learner, restored
+
+
+def _take_member(
+    run: RecordedRun, restored: checkpoint.Checkpoint, number: str
+) -> tuple[RecordedRun, Learner, checkpoint.Checkpoint]:
+    """Returns a member of a population as a run of its own, with its learner and its state at the checkpoint."""
+    if run.experiment.member is None:
+        raise InvalidArgument(f"--member {number}: {run.directory} is not a run of a population; leave the option out.")
+    of_population = record.Run(run.directory, run.experiment.name, {})
+    index = members.best(of_population, run.options.keep_best, restored.step) if number == "best" else int(number)
+    if index >= run.config.population:
+        raise InvalidArgument(f"--member {number}: the population has members 0 to {run.config.population - 1}.")
+    experiment, config, state = members.take(run.experiment, run.config, restored.state, index)
+    directory = run.directory if number == "best" else run.directory / "members" / str(index)
+    print(f"member {index} of {run.config.population}, ", end="")
+    alone = run._replace(directory=directory, experiment=experiment, config=config)
+    return alone, experiment.module.build(config), restored._replace(state=state)
 
 
 def _export_step(run: RecordedRun, learner: Learner, restored: checkpoint.Checkpoint, count: int) -> Path:

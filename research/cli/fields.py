@@ -1,5 +1,6 @@
 """Values of config fields: checked against their annotations and intervals, wherever they come from."""
 
+import ast
 import dataclasses
 import math
 import types
@@ -39,7 +40,7 @@ def check_fields(config: Any) -> None:
     Traceback (most recent call last):
     research.core.state.InvalidArgument: --batch-size 0: expected a value in [1, inf).
     """
-    for name, annotation in _annotations(type(config)).items():
+    for name, annotation in annotations(type(config)).items():
         value = getattr(config, name)
         interval = outside(annotation, value)
         if interval is not None:
@@ -80,17 +81,17 @@ def restore_config(config_class: type, values: Mapping[str, Any]) -> Any:
     Traceback (most recent call last):
     research.core.state.InvalidArgument: rate is 'high'; expected a number
     """
-    annotations = _annotations(config_class)
-    unknown = [name for name in values if name not in annotations]
+    types_of = annotations(config_class)
+    unknown = [name for name in values if name not in types_of]
     if unknown:
-        raise InvalidArgument(f"there is no field {_short(unknown[0])}; expected {', '.join(annotations)}")
+        raise InvalidArgument(f"there is no field {_short(unknown[0])}; expected {', '.join(types_of)}")
     restored = {}
     for name, value in values.items():
         try:
-            restored[name] = _restore(annotations[name], value)
+            restored[name] = _restore(types_of[name], value)
         except _Mismatch as mismatch:
             raise InvalidArgument(f"{name} is {_short(value)}; expected {mismatch}") from None
-        interval = outside(annotations[name], restored[name])
+        interval = outside(types_of[name], restored[name])
         if interval is not None:
             raise InvalidArgument(f"{name} is {_short(value)}; expected a value in {interval.text}")
     try:
@@ -99,11 +100,43 @@ def restore_config(config_class: type, values: Mapping[str, Any]) -> Any:
         raise InvalidArgument(f"it can't be built ({' '.join(str(error).split())[:300]})") from error
 
 
+def read_value(annotation: Any, text: str) -> Any:
+    """Returns a text of the command line as a value of an annotation. Raises `InvalidArgument` if it is none.
+
+    >>> read_value(float | None, "1e-3"), read_value(float | None, "None"), read_value(typing.Literal["mlp", "cnn"], "cnn")
+    (0.001, None, 'cnn')
+    >>> read_value(int, "0.5")
+    Traceback (most recent call last):
+    research.core.state.InvalidArgument: expected a whole number, got '0.5'
+    """
+    expected = ""
+    for value in (*_literals(text), text):
+        try:
+            return _restore(annotation, value)
+        except _Mismatch as mismatch:
+            expected = str(mismatch)
+    raise InvalidArgument(f"expected {expected}, got {text[:80]!r}")
+
+
+def _literals(text: str) -> list[Any]:
+    """Returns a text as a number, a boolean or None; nothing if it is none of them."""
+    try:
+        value = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return []
+    return [value] if value is None or isinstance(value, bool | int | float) else []
+
+
 class _Mismatch(Exception):
     """A value does not have the type of an annotation: what was expected."""
 
 
-def _annotations(config_class: type) -> dict[str, Any]:
+def annotations(config_class: type) -> dict[str, Any]:
+    """Returns the annotation of each field that the constructor takes, with its interval.
+
+    >>> annotations(dataclasses.make_dataclass("Config", [("epochs", int)]))
+    {'epochs': <class 'int'>}
+    """
     hints = typing.get_type_hints(config_class, include_extras=True)
     return {field.name: hints.get(field.name, Any) for field in dataclasses.fields(config_class) if field.init}
 

@@ -1,7 +1,7 @@
 """The options that every run has.
 
 None of them changes the numbers: those that do are in the experiment's `Config`. What is done about bad steps changes them too;
-the run's decisions.jsonl holds it.
+the run's decisions.jsonl holds it. `--population` and `--vary` become a part of the config, see `cli.members`.
 """
 
 import dataclasses
@@ -18,8 +18,19 @@ from research.core.state import InvalidArgument
 OnBadStep = Literal["stop", "skip", "rollback"]
 COUNT = Interval("[1, 2147483647]")
 
-# Options of one start. config.json does not record them, and `resume` does not repeat them.
-OF_ONE_START = ("run_dir", "allow_changed", "profile", "coordinator", "processes", "process", "join_timeout")
+# Options of one start. config.json does not record them, and `resume` does not repeat them; but those of a population are part of
+# its config.
+OF_ONE_START = (
+    "population",
+    "vary",
+    "run_dir",
+    "allow_changed",
+    "profile",
+    "coordinator",
+    "processes",
+    "process",
+    "join_timeout",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +41,10 @@ class Options:
     10
     """
 
+    population: Annotated[int, Interval("[1, 10000]")] | None = None
+    """Train so many members as one program, each with another seed, or as --vary says."""
+    vary: str | None = None
+    """What differs between members: seed,learning_rate=log:1e-4:1e-1,dropout=0.1:0.5 (or linear:LOW:HIGH)."""
     run_dir: Path | None = None
     """Directory of the run; by default a new one in runs/NAME/."""
     from_: Annotated[str | None, arg(name="from")] = None

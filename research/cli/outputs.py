@@ -33,15 +33,14 @@ def save_models(directory: Path, models: dict[str, keras.Model]) -> list[Path]:
     return paths
 
 
-def write_outputs(run: record.Run, module: Any, parts: tuple[Any, Any, Any, Any], summary: dict[str, Any]) -> dict[str, float]:
-    """Writes the models and pictures of a trained state, and adds the experiment's results to the summary's metrics.
+def write_outputs(run: record.Run, module: Any, parts: tuple[Any, Any, Any, Any], step: int) -> dict[str, float]:
+    """Writes the models and pictures of the state trained for `step` steps, and returns the experiment's results.
 
-    `parts` are config, learner, state and splits, as the experiment's functions take them. Returns the results.
+    `parts` are config, learner, state and splits, as the experiment's functions take them.
     """
     from research.reporting import picture, tensorboard  # matplotlib is slow to import
 
     results = {name: float(value) for name, value in module.results(*parts).items()} if hasattr(module, "results") else {}
-    summary["metrics"].update(results)
     config, _, state, _ = parts
     models = build_models(module, config, state)
     save_models(run.directory, models)
@@ -51,7 +50,7 @@ def write_outputs(run: record.Run, module: Any, parts: tuple[Any, Any, Any, Any]
     files = record.save_figures(run, figures)
     with tensorboard.open_writer(run.directory / "tensorboard" / "train") as writer:
         tensorboard.write_graph(writer, models)
-        tensorboard.write_images(writer, summary["steps"], {f"pictures/{name}": path for name, path in files.items()})
+        tensorboard.write_images(writer, step, {f"pictures/{name}": path for name, path in files.items()})
         if hasattr(module, "summaries"):
-            module.summaries(*parts, writer, summary["steps"])
+            module.summaries(*parts, writer, step)
     return results

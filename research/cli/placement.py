@@ -1,8 +1,10 @@
 """A learner, its initial state and its data, on one device or on a mesh."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from research import debugging, distributed
 from research.cli.arguments import parse_mesh
@@ -12,6 +14,7 @@ from research.cli.options import Options
 from research.core.learner import Learner
 from research.core.state import InvalidArgument
 from research.data.batches import Batches
+from research.distributed import layouts
 from research.transforms.init import init_abstract
 
 
@@ -47,9 +50,7 @@ def place(experiment: Experiment, config: Any, options: Options, splits: dict[st
         state = learner.init()
         debugging.check_learner(learner, state)
         return Placed(learner, state, splits, learner, splits)
-    mesh = distributed.mesh(None, **parse_mesh(options.mesh or "data=-1"))
-    layout = None if options.layout is None else getattr(distributed, options.layout)
-    learner, state = distributed.build_sharded(build, mesh, layout)
+    learner, state, mesh = _build_on_mesh(experiment, build, options)
     debugging.check_learner(learner, state)
     replicated = distributed.replicated_leaves(learner.names, state)
     if replicated:
@@ -59,6 +60,23 @@ def place(experiment: Experiment, config: Any, options: Options, splits: dict[st
         return Placed(learner, state, sharded, learner, sharded)
     local_learner, _ = init_abstract(build)
     return Placed(learner, state, sharded, local_learner, splits)
+
+
+def _build_on_mesh(experiment: Experiment, build: Callable[[], Learner], options: Options) -> tuple[Learner, Any, Mesh]:
+    """Returns a learner and its state on the mesh of the options. A population's members may be spread over an axis `members`."""
+    axes = parse_mesh(options.mesh or "data=-1")
+    layout = None if options.layout is None else getattr(distributed, options.layout)
+    if experiment.member is None:
+        mesh = distributed.mesh(None, **axes)
+        return *distributed.build_sharded(build, mesh, layout), mesh
+    if layout is not None or axes.keys() - {"members", "data"}:
+        raise InvalidArgument(
+            f"--mesh {options.mesh}{'' if layout is None else f' --layout {options.layout}'}: a population is spread by "
+            "its members and its batches; expected --mesh members=4 or --mesh data=2,members=-1, and no --layout."
+        )
+    mesh = distributed.mesh(None, **{"tensor" if axis == "members" else axis: size for axis, size in axes.items()})
+    learner = distributed.shard(build(), mesh, layouts.members if "members" in axes else distributed.data)
+    return learner, learner.init(), mesh
 
 
 def describe_replicated(leaves: list[tuple[str, int]]) -> str:

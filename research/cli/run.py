@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from research.cli import contract, trust
+from research.cli import contract, members, trust
 from research.cli.arguments import UsageError, fail, parse, print_error
 from research.cli.changes import changed_config, check_unchanged, record_code
 from research.cli.errors import errors_as_one_line
@@ -56,11 +56,24 @@ def main(arguments: list[str]) -> int:
         module = experiment.module
         config, options = parse(module.Config, Options, rest, f"just run {name}", module.__doc__)
         contract.check_config(experiment, config)
+        if options.population is not None or options.vary is not None:
+            experiment, config = _population(experiment, config, options)
         return run_experiment(experiment, config, resolve_source(options))
     except (UnknownExperiment, UsageError) as error:
         return fail(str(error), 2)
     except InvalidArgument as error:
         return fail_or_exit(error)
+
+
+def _population(experiment: Experiment, config: Any, options: Options) -> tuple[Experiment, Any]:
+    """Returns the experiment and the config of a population. Raises `UsageError` for members that can't be."""
+    many = members.as_population(experiment)
+    try:
+        if options.from_ is not None:
+            raise InvalidArgument("--from with --population or --vary: expected one of them; run the members apart.")
+        return many, members.population_config(many, config, options.population, options.vary)
+    except InvalidArgument as error:
+        raise UsageError(str(error)) from error
 
 
 def _print_usage() -> None:
@@ -150,9 +163,10 @@ def prepare(experiment: Experiment, config: Any, options: Options) -> Placed:
         loading = pool.submit(splits["train"].batch, 0)
         placed = place(experiment, config, options, splits)
         programs.compile_ahead(placed.learner, placed.splits["train"], placed.state)
-        contract.check_models(
-            experiment, placed.state, lambda: build_models(experiment.module, config, processes.to_host(placed.state))
-        )
+        one, own, state = experiment, config, processes.to_host(placed.state)
+        if experiment.member is not None:
+            one, own, state = members.take(experiment, config, state, 0)
+        contract.check_models(experiment, state, lambda: build_models(one.module, own, state))
         loading.result()
     return placed
 

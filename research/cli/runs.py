@@ -1,5 +1,6 @@
 """Runs that exist already, by directory or by the name of their experiment."""
 
+import dataclasses
 import os
 import shlex
 from pathlib import Path
@@ -9,6 +10,7 @@ from research.cli import trust
 from research.cli.contract import check_module
 from research.cli.experiment import CHECKOUT, Experiment, load_experiment
 from research.cli.fields import restore_config
+from research.cli.members import as_population
 from research.cli.options import Options
 from research.core.state import InvalidArgument
 from research.reporting import record, run_files
@@ -39,6 +41,8 @@ def load_run(run: str) -> RecordedRun:
     recorded = run_files.read_config(directory)
     experiment = _load_own(directory, recorded)
     check_module(experiment)
+    if {"population", "vary"} <= recorded.config.keys() - {field.name for field in dataclasses.fields(experiment.module.Config)}:
+        experiment = as_population(experiment)
     config = _restore(directory, "config", experiment.module.Config, recorded.config)
     origin = checkpoint_origin(record.Run(directory, recorded.experiment, recorded.config, id=recorded.id))
     return RecordedRun(directory, experiment, config, _restore(directory, "options", Options, recorded.options), origin)

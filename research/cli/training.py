@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from research.cli import members
 from research.cli.arguments import print_error
 from research.cli.checkpoints import check_best, checkpoint_hooks, once_a_step, parse_best, parse_cadence, recorded_scores
 from research.cli.errors import remove_tracebacks
@@ -30,7 +31,7 @@ from research.reporting.performance import PerformanceRecorder
 from research.training import checkpoint, loop, signals
 from research.training.bad_steps import BadStep, LossWatch, state_check, without_recent
 from research.training.checkpoint_policy import keep
-from research.training.logs import LogEntry
+from research.training.logs import LogEntry, log_entry
 from research.transforms.observe import Observe, layer_norms, norms
 
 NORMS_EVERY = 100  # steps at least: norms cost about one step more
@@ -57,8 +58,16 @@ class Session(NamedTuple):
         return self.placed.splits
 
     def outputs_arguments(self, state: Any) -> tuple[Any, Learner, Any, dict[str, Batches]]:
-        """Returns what the experiment's functions take: config, learner, state and splits. All processes must call it."""
-        return self.config, self.placed.local_learner, processes.to_host(state), self.placed.local_splits
+        """Returns what the experiment's functions take: config, learner, state and splits. All processes must call it.
+
+        Those of a population are the ones of its best member so far.
+        """
+        state = processes.to_host(state)
+        if self.experiment.member is None:
+            return self.config, self.placed.local_learner, state, self.placed.local_splits
+        index = processes.broadcast_from_first(lambda: members.best(self.run, self.options.keep_best))
+        experiment, config, state = members.take(self.experiment, self.config, state, index)
+        return config, experiment.module.build(config), state, experiment.module.data(config)
 
     @property
     def steps(self) -> int:
@@ -89,6 +98,8 @@ class Recorder:
             "resumed_from": step or None,
         }
         self.summary["parameters"] = count_parameters(session.start.state)
+        self.session = session
+        self.results: dict[str, float] = {}
         self.first: tuple[int, float] | None = None  # step and time of the first log
 
     def log(self, entry: LogEntry) -> None:
@@ -113,7 +124,11 @@ class Recorder:
     def write_summary(self, status: str) -> None:
         """Writes summary.json."""
         self.summary["status"] = status
-        record.write_summary(self.run, self.summary)
+        of_members: dict[str, Any] = {}
+        if self.session.experiment.member is not None:
+            session = self.session
+            of_members = members.summary(session.experiment, session.config, self.run, session.options.keep_best, self.results)
+        record.write_summary(self.run, {**self.summary, **of_members})
 
 
 def run_session(session: Session) -> int:
@@ -138,7 +153,10 @@ def run_session(session: Session) -> int:
         try:
             session, state = train_past_bad_steps(session, recorder, processes.any_process(stop))
             parts = session.outputs_arguments(state)
-            results = write_outputs(session.run, session.experiment.module, parts, recorder.summary)
+            results = write_outputs(session.run, session.experiment.module, parts, recorder.summary["steps"])
+            recorder.results = results
+            if session.experiment.member is None:
+                recorder.summary["metrics"].update(results)
         except loop.Stopped as stopped:
             recorder.summary["steps"] = stopped.step or recorder.summary["steps"]
             write_stopped(stop.signal or signal.SIGTERM)  # the signal may have been another process' own
@@ -152,6 +170,8 @@ def run_session(session: Session) -> int:
             remove_tracebacks(session.run.directory)
         page = write_report(session.run)
     metrics = recorder.summary["metrics"]
+    if session.experiment.member is not None and processes.is_first():
+        print(members.describe_best(session.run, session.options.keep_best))
     values = {name: value for name, value in metrics.items() if name.endswith("accuracy") or name in results}
     values = progress.shown(values or metrics)
     print(f"{_speed(session, recorder.summary)}{'  '.join(f'{name} {value:.4g}' for name, value in values.items())}\n{page}")
@@ -247,7 +267,8 @@ def train(session: Session, recorder: Recorder, stop: Callable[[], bool], watch:
         def save_with_losses(step: int, state: Any, logs: Any) -> None:
             save(step, state, {**logs, **watch.recent()})
 
-        save_checkpoint = once_a_step(state_check(session.start.state), wait_for_tensorboard, save_with_losses)
+        checks = [state_check(session.start.state)] if session.experiment.member is None else []
+        save_checkpoint = once_a_step(*checks, wait_for_tensorboard, save_with_losses)
 
         if step and (step % session.histogram_every == 0 or step == total):
             write_weights(step, session.start.state, {})
@@ -262,7 +283,7 @@ def train(session: Session, recorder: Recorder, stop: Callable[[], bool], watch:
         trained = _train_loop(session, hooks, save_checkpoint, log, on_progress, stop, watch)
         if "test" in session.splits:
             values = loop.evaluate(learner, session.splits["test"], trained, stop)
-            log(LogEntry(total, max(0, total - 1) // data.steps_per_epoch, "test", values))
+            log(log_entry(total, max(0, total - 1) // data.steps_per_epoch, "test", values))
     return trained
 
 
@@ -293,7 +314,7 @@ def _train_loop(
             hooks=hooks,
             stop=stop,
             progress=on_progress,
-            watch=watch,
+            watch=watch if session.experiment.member is None else members.watch_finite(watch),
         )
     except loop.Stopped as stopped:
         save_checkpoint(stopped.step, stopped.state, stopped.logs or {})

@@ -1,21 +1,24 @@
 """One batch of several data sets' batches, one after another: for members of a population that see their own batches."""
 
+import functools
+import hashlib
+import math
 from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, PyTree
 
 from research.core.state import InvalidArgument, check_type
-from research.data.batches import Batches, Resident
+from research.data.batches import RESIDENT_BYTES, Batches, Resident
 
 
 def side_by_side(data: Sequence[Batches]) -> Batches:
     """Returns batches that hold the batches of several data sets, in order, for `population(..., own_batches=True)`.
 
-    They have as many batches of the same shapes, such as one data set in the orders of several seeds. Where all data sets are the
-    same arrays (`from_arrays` of equal ones), the device holds them once. Raises `InvalidArgument` for data sets of other
-    shapes or lengths.
+    They have as many batches of the same shapes, such as one data set in the orders of several seeds. The device holds the data
+    sets side by side, and those that are equal once, unless all of them together are larger than a data set may be there. Raises
+    `InvalidArgument` for data sets of other shapes or lengths.
 
     >>> from research.data import from_arrays
     >>> x = np.arange(4.0)
@@ -46,17 +49,45 @@ def side_by_side(data: Sequence[Batches]) -> Batches:
 
 
 def _resident(data: Sequence[Batches]) -> Resident | None:
-    """Returns the arrays that all data sets have in common on the device; None if they have none."""
+    """Returns the arrays of all data sets on the device; None if one of them stays on the host, or they are too large."""
     residents = [each.resident for each in data if each.resident is not None]
-    if len(residents) < len(data) or not _same_arrays([resident.source() for resident in residents]):
+    if len(residents) < len(data):
+        return None
+
+    @functools.cache
+    def loaded() -> tuple[PyTree, list[int]]:
+        """Returns the distinct sources, one after another, and the row at which that of each data set begins."""
+        distinct: dict[str, PyTree] = {}
+        digests = []
+        for resident in residents:
+            source = resident.source()
+            digests.append(_digest(source))
+            distinct.setdefault(digests[-1], source)
+        length = len(jax.tree.leaves(residents[0].source())[0])
+        positions = {digest: i * length for i, digest in enumerate(distinct)}
+        sources = list(distinct.values())
+        tree = sources[0] if len(sources) == 1 else jax.tree.map(lambda *leaves: np.concatenate(leaves), *sources)
+        return tree, [positions[digest] for digest in digests]
+
+    size = jax.tree.leaves(data[0].shapes)[0].shape[0]
+    example = sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in jax.tree.leaves(data[0].shapes))
+    if sum(each.examples for each in data) * example > RESIDENT_BYTES and any(loaded()[1]):
         return None
 
     def rows(step: int, steps: int) -> Int[np.ndarray, " rows"]:
-        return np.concatenate([resident.rows(step + i, 1) for i in range(steps) for resident in residents])
+        starts = loaded()[1]
+        each = [resident.rows(step, steps) + np.int32(start) for resident, start in zip(residents, starts, strict=True)]
+        if len(each[0]) == steps * size:
+            return np.stack(each).reshape(len(each), steps, size).swapaxes(0, 1).reshape(-1)
+        return np.concatenate([part[i * size : (i + 1) * size] for i in range(steps) for part in each])
 
-    return Resident(residents[0].source, rows)
+    return Resident(lambda: loaded()[0], rows)
 
 
-def _same_arrays(sources: Sequence[object]) -> bool:
-    first = jax.tree.leaves(sources[0])
-    return all(a is b or np.array_equal(a, b) for source in sources for a, b in zip(first, jax.tree.leaves(source), strict=True))
+def _digest(source: PyTree) -> str:
+    digest = hashlib.blake2b(repr(jax.tree.structure(source)).encode())
+    for leaf in jax.tree.leaves(source):
+        array = np.asarray(leaf)
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

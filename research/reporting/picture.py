@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
+import numpy as np
 
 from research.reporting.graph import Graph, Node, model_graph
 from research.reporting.graph_layout import HEADING, Box, Layout, Point, compute_layout
@@ -28,6 +29,9 @@ MAX_HEIGHT = 90.0  # inches: taller drawings shrink, since few programs show lar
 def plot_curves(logs: Sequence[LogEntry]) -> "Figure":
     """Returns a figure with one panel per metric and one line per split, over steps.
 
+    Of a population the line is the mean, in a band of 1.96 standard errors to each side; thin lines are its members. They leave
+    out members whose value is not finite.
+
     >>> figure = plot_curves([LogEntry(1, 0, "train", {"loss": 2.0}), LogEntry(2, 0, "val", {"loss": 1.0})])
     >>> [axes.get_title() for axes in figure.axes]
     ['loss']
@@ -41,9 +45,13 @@ def _draw_curves(logs: Sequence[LogEntry]) -> "Figure":
     splits = dict.fromkeys(entry.split for entry in logs)
     for name, axes in panels.items():
         for split, colour in zip(splits, COLOURS * 9, strict=False):
-            _plot_line(axes, [entry for entry in logs if entry.split == split], name, color=colour, label=split)
-        if axes.lines:
-            axes.legend(axes.lines, [_shortened(str(line.get_label())) for line in axes.lines], frameon=False)
+            entries = [entry for entry in logs if entry.split == split]
+            if any(name in entry.members for entry in entries):
+                entries = _plot_members(axes, entries, name, colour)
+            _plot_line(axes, entries, name, color=colour, label=split)
+        lines = [line for line in axes.lines if not str(line.get_label()).startswith("_")]
+        if lines:
+            axes.legend(lines, [_shortened(str(line.get_label())) for line in lines], frameon=False)
     return figure
 
 
@@ -241,6 +249,24 @@ def _panels(logs: Sequence[LogEntry]) -> tuple["Figure", dict[str, "Axes"]]:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     return figure, panels
+
+
+def _plot_members(axes: "Axes", logs: Sequence[LogEntry], name: str, colour: str) -> list[LogEntry]:
+    """Draws the members of a population as thin lines, and a band around their mean. Returns entries with that mean.
+
+    The band reaches 1.96 standard errors of the mean to each side. Both are those of the members with a finite value.
+    """
+    steps = [entry.step for entry in logs if name in entry.members]
+    values = np.array([entry.members[name] for entry in logs if name in entry.members], float)
+    values[~(np.abs(values) <= MAX_VALUE)] = math.nan
+    count = np.isfinite(values).sum(1)
+    mean = np.nansum(values, 1) / np.where(count, count, math.nan)
+    variance = np.nansum((values - mean[:, None]) ** 2, 1) / np.where(count > 1, count - 1, math.nan)
+    error = 1.96 * np.sqrt(variance / np.where(count, count, math.nan))
+    alpha = max(0.08, min(0.5, 3 / values.shape[1]))
+    axes.plot(steps, values, color=colour, linewidth=0.6, alpha=alpha, label="_members")
+    axes.fill_between(steps, mean - error, mean + error, color=colour, alpha=0.25, linewidth=0)
+    return [LogEntry(step, 0, "", {name: value}) for step, value in zip(steps, mean.tolist(), strict=True)]
 
 
 def _plot_line(axes: "Axes", logs: Sequence[LogEntry], name: str, markers: bool = True, **style: Any) -> None:

@@ -20,6 +20,7 @@ from research.core.state import InvalidArgument
 from research.reporting import environment, run_files
 from research.reporting.run_files import Report, ignore
 from research.training.logs import LogEntry
+from research.transforms.population import EACH
 
 if TYPE_CHECKING:  # matplotlib is slow to import: only functions that draw do it
     from matplotlib.figure import Figure
@@ -242,6 +243,19 @@ def latest_metrics(entries: Iterable[LogEntry]) -> dict[str, float]:
     }
 
 
+def latest_of_members(entries: Iterable[LogEntry]) -> dict[str, list[float]]:
+    """Returns the last values of each metric in a population's members, named as by `latest_metrics`.
+
+    >>> latest_of_members([LogEntry(1, 0, "val", {"loss": 2.0}, {"loss": [1.0, 3.0]})])
+    {'val_loss': [1.0, 3.0]}
+    """
+    return {
+        ("" if entry.split == "train" else f"{entry.split}_") + name: each
+        for entry in entries
+        for name, each in entry.members.items()
+    }
+
+
 def append_entry(run: Run, entry: LogEntry) -> None:
     """Appends an entry to `metrics.jsonl`: one line of strict JSON, with non-finite values as null.
 
@@ -380,8 +394,9 @@ def new_directory(experiment: str, root: Path) -> Path:
 
 
 def _line(entry: LogEntry) -> str:
-    """Returns an entry as a line of `metrics.jsonl`."""
-    return json.dumps(_strict(entry._asdict())) + "\n"
+    """Returns an entry as a line of `metrics.jsonl`: the values of a population's members follow their means."""
+    values = {**entry.values, **{f"{name}{EACH}": each for name, each in entry.members.items()}}
+    return json.dumps(_strict({"step": entry.step, "epoch": entry.epoch, "split": entry.split, "values": values})) + "\n"
 
 
 def _strict(value: Any) -> Any:

@@ -16,6 +16,11 @@ from research.reporting.run_files import Report, ignore
 
 SPLITS = {"train": "", "val": "val_", "test": "test_"}
 MAX_EPOCH_FIGURES = 8
+MAX_NUMBER = 2**1023  # an integer that a float can hold
+BAND = (
+    "<p>Lines: the mean of the members. Bands: 1.96 standard errors of it to each side. Thin lines: each member. Members whose "
+    "value is not finite are left out.</p>"
+)
 # Patterns in the names of metrics to maximise, and to minimise.
 MAXIMISE = r"acc|auc|precision|recall|f1|fbeta|iou|dice|r2|bleu|reward|return|score|similarity|sensitivity|specificity|correct"
 MINIMISE = r"loss|error|mae|mse|mape|msle|rmse|perplexity|entropy|divergence|nll|fid|kid|bits|wrong|distance"
@@ -37,7 +42,9 @@ def write_report(run: record.Run, report: Report = ignore) -> Path:
     plots = _pictures(run.directory / "plots", report)
     models = [name for name in plots if (run.directory / f"{name}.keras").exists()]
     figures = [name for name in plots if name not in ("curves", *models)]
-    facts = {name: value for name, value in summary.items() if name not in ("metrics", "experiment", "status")}
+    facts = {name: value for name, value in summary.items() if name not in ("metrics", "experiment", "status", "members")}
+    members = _members_section(summary)
+    band = BAND if members else ""
     directory, speed = run.directory.as_posix(), performance.curves(run.directory)
     commands = [] if summary.get("status") == "finished" else [("resume", f"just resume {directory}")]
     commands += [
@@ -46,7 +53,8 @@ def write_report(run: record.Run, report: Report = ignore) -> Path:
     ]
     parts = [
         _section("Results", _metrics_table(run, summary.get("metrics", {}))),
-        _section("Curves", *(_image(plots[name], name) for name in plots if name == "curves")),
+        members,
+        _section("Curves", *(_image(plots[name], name) + band for name in plots if name == "curves")),
         _section("Speed", _image(record.png_bytes(picture.plot_curves(speed)), "speed") if speed else ""),
         _section("Figures", *(_figure(plots[name], name) for name in figures)),
         _section("Epochs", *_strips(_pictures(run.directory / "plots" / "epochs", report))),
@@ -58,6 +66,43 @@ def write_report(run: record.Run, report: Report = ignore) -> Path:
     path = run.directory / "report.html"
     record.write_text(path, _page(f"{run.experiment} · {run.directory.resolve().name}", [_status(summary.get("status")), *parts]))
     return path
+
+
+def _members_section(summary: Mapping[str, Any]) -> str:
+    """Returns a table of a population's members, the best first, with the best values in bold; nothing for other runs."""
+    members = summary.get("members")
+    rows = [each for each in members if _is_member(each)] if isinstance(members, list) else []
+    if not rows:
+        return ""
+    rows.sort(key=lambda each: each["rank"])
+    fields = list(dict.fromkeys(name for each in rows for name in each["values"]))
+    known = dict.fromkeys(name for each in rows for name in each["metrics"] if "/" not in name)
+    ranked_by = str(summary.get("ranked_by")).partition(":")
+    names = sorted(
+        known, key=lambda name: (name != ranked_by[0], not name.startswith(("val_", "test_")), not metric_direction(name))
+    )
+    best = {}
+    for name in names:
+        numbers = {i: float(each["metrics"][name]) for i, each in enumerate(rows) if _is_number(each["metrics"].get(name))}
+        best[name] = best_names({str(i): value for i, value in numbers.items()}, metric_direction(name))
+    cells = [
+        [_format(each["values"].get(name)) for name in fields]
+        + [f"<b>{text}</b>" if str(i) in best[name] else text for name in names for text in [_format(each["metrics"].get(name))]]
+        for i, each in enumerate(rows)
+    ]
+    titles = {str(i): f"{each['rank']}. member {each['member']}" for i, each in enumerate(rows)}
+    text = f"<p>Ranked by {html.escape(ranked_by[0])}{' ↑' if ranked_by[2] == 'max' else ' ↓'}; results above are means.</p>"
+    return _section("Members", text, _rows(titles, [*fields, *names], cells))
+
+
+def _is_member(value: Any) -> bool:
+    """Returns whether a value is a member as summary.json holds it: the file may be a stranger's."""
+    parts = {"member": int, "rank": int, "values": dict, "metrics": dict}
+    return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in parts.items())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_NUMBER
 
 
 def write_comparison(runs: Sequence[record.Run], path: Path) -> Path:

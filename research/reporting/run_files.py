@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from research.core.state import InvalidArgument
 from research.training.logs import LogEntry
+from research.transforms.population import EACH
 
 FILES = ("versions.json", "code.json", "source.diff", "metrics.jsonl", "performance.jsonl", "summary.json", "report.html")
 PERFORMANCE = "performance.jsonl"
@@ -332,9 +333,16 @@ def _kind(value: Any) -> str:
 def _entry(line: bytes) -> LogEntry:
     contents = _object(line)
     step, epoch = _count(contents, "step"), _count(contents, "epoch")
-    values = _numbers(_checked(contents, "values", dict), "values").items()
-    floats = {name: math.nan if value is None else float(value) for name, value in values}
-    return LogEntry(step, epoch, _checked(contents, "split", str), floats)
+    values = _checked(contents, "values", dict)
+    lists = {name: value for name, value in values.items() if name.endswith(EACH) and isinstance(value, list)}
+    floats = _floats({name: value for name, value in values.items() if name not in lists}, "values")
+    members = {name.removesuffix(EACH): list(_floats(dict(enumerate(each)), name).values()) for name, each in lists.items()}
+    return LogEntry(step, epoch, _checked(contents, "split", str), floats, members)
+
+
+def _floats(values: Any, name: str) -> dict[Any, float]:
+    """Returns numbers as `_numbers` does, null as NaN."""
+    return {key: math.nan if value is None else float(value) for key, value in _numbers(values, name).items()}
 
 
 def _count(contents: Mapping[str, Any], name: str) -> int:

@@ -7,9 +7,13 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from research.transforms.population import EACH
+
 
 class LogEntry(NamedTuple):
     """The logs of one split ("train", "val", ...) after `step` steps, as Python floats. `epoch` counts from 0.
+
+    `members` has the logs of each member of a population, where `values` have their mean.
 
     >>> LogEntry(step=10, epoch=0, split="train", values={"loss": 0.5}).values["loss"]
     0.5
@@ -19,6 +23,7 @@ class LogEntry(NamedTuple):
     epoch: int
     split: str
     values: dict[str, float]
+    members: dict[str, list[float]] = {}  # noqa: RUF012  (of a tuple, never changed)
 
 
 class PendingLogs:
@@ -78,7 +83,7 @@ class PendingLogs:
             values = to_python(logs, index)
             self.last.update({name if split == "train" else f"{split}_{name}": value for name, value in values.items()})
             if self.log is not None:
-                self.log(LogEntry(step, (step - 1) // self.steps_per_epoch, split, elements(values)))
+                self.log(log_entry(step, (step - 1) // self.steps_per_epoch, split, values))
 
     def discard(self, step: int) -> None:
         """Drops the logs of this step and later ones."""
@@ -123,6 +128,21 @@ def to_python(logs: dict[str, Any], index: int | None = None) -> dict[str, Any]:
     {'loss': 0.5, 'each': [0.0, 1.0]}
     """
     return {name: np.asarray(log)[... if index is None else index].astype(float).tolist() for name, log in logs.items()}
+
+
+def log_entry(step: int, epoch: int, split: str, logs: dict[str, Any]) -> LogEntry:
+    """Returns logs as `to_python` returns them as an entry: those of a population's members apart from the others.
+
+    >>> log_entry(1, 0, "train", {"loss": 2.0, "loss_of_members": [1.0, 3.0]})
+    LogEntry(step=1, epoch=0, split='train', values={'loss': 2.0}, members={'loss': [1.0, 3.0]})
+    """
+    members: dict[str, list[float]] = {}
+    for name, value in logs.items():
+        if name.endswith(EACH) and isinstance(value, list):
+            columns = elements({name.removesuffix(EACH): value[0]} if value else {})
+            rows = np.reshape(value, (len(value), -1)).T.tolist()
+            members.update(zip(columns, rows, strict=True))
+    return LogEntry(step, epoch, split, elements({name: v for name, v in logs.items() if not name.endswith(EACH)}), members)
 
 
 def elements(values: dict[str, Any]) -> dict[str, float]:

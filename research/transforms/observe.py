@@ -10,7 +10,7 @@ import keras  # noqa: F401  (for the examples in docstrings)
 from jaxtyping import Array, Float, PyTree
 
 from research.core.learner import Learner
-from research.core.state import InvalidArgument, State, check_type, states_in
+from research.core.state import InvalidArgument, State, check_type, num_rows, states_in
 from research.core.step import Step
 from research.core.tags import BEGIN, END, GRADIENT, LEARNING_RATE
 from research.transforms.jaxpr import (
@@ -23,6 +23,7 @@ from research.transforms.jaxpr import (
     is_plain_call,
     parameters,
 )
+from research.transforms.population import EACH, PopulationState
 
 Scope = tuple[str, ...]  # names of the learners that a joint learner is in, from the outermost
 Tagged = dict[tuple[Scope, str], Any]  # values by scope and tag
@@ -50,6 +51,7 @@ class Observation(NamedTuple):
     names: PyTree
 
 
+WRAPPERS = [jax.tree_util.GetAttrKey(name) for name in ("state", "members", "population")]  # fields for a wrapped learner's state
 Observe = Callable[[Observation], dict[str, Any]]  # to scalars by name
 
 
@@ -92,7 +94,8 @@ def observe(learner: Learner, function: Observe) -> Callable[[Any, Any], dict[st
     at every 100th step.
 
     Of a joint learner the function is called for each of its learners, and the names get that learner's as a prefix:
-    `generator_gradient_norm`. If a learner is updated several times in a step, the gradients are those of the last one.
+    `generator_gradient_norm`. If a learner is updated several times in a step, the gradients are those of the last one. Of a
+    population it is called for each member, and the scalars are logged as all logs of a population are.
 
     >>> import research
     >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="ones")])
@@ -115,6 +118,7 @@ def observed_scalars(train: Step[Any], names: PyTree, function: Observe) -> Call
     >>> scalars(learner.init(), research.Batch(jnp.ones((2, 1)), jnp.ones((2, 1))))["weights"].item()
     2
     """
+    many = any(map(_is_population, jax.tree.leaves(names, is_leaf=_is_population)))
 
     def scalars(state: Any, batch: Any) -> dict[str, Array]:
         program, shapes = jax.make_jaxpr(train, return_shape=True)(state, batch)
@@ -126,7 +130,8 @@ def observed_scalars(train: Step[Any], names: PyTree, function: Observe) -> Call
             updates = jax.tree.map(lambda a, b: a - b, new.trainable, old.trainable)
             gradients, rate = _tagged(tagged, scope, new.trainable)
             observation = Observation(new.trainable, updates, gradients, rate, _without_prefix(labels.trainable, scope))
-            values |= {"_".join([*scope, name]): value for name, value in _checked(function(observation)).items()}
+            found = _of_members(function, observation) if many else _checked(function(observation))
+            values |= {"_".join([*scope, name]): value for name, value in found.items()}
         return values
 
     return scalars
@@ -184,7 +189,7 @@ def _scopes(names: PyTree, tagged: Tagged) -> list[Scope]:
     """Returns the scope of each `State` in a learner's state: where it lies, in the words of `joint`."""
     paths = jax.tree_util.tree_leaves_with_path(names, is_leaf=lambda node: isinstance(node, State))
     scopes = [
-        tuple(jax.tree_util.keystr((key,), simple=True) for key in path if key != jax.tree_util.GetAttrKey("state"))
+        tuple(jax.tree_util.keystr((key,), simple=True) for key in path if key not in WRAPPERS)
         for path, node in paths
         if isinstance(node, State)
     ]
@@ -198,6 +203,23 @@ def _tagged(tagged: Tagged, scope: Scope, weights: PyTree) -> tuple[PyTree | Non
     gradients = [tagged.get((scope, f"{GRADIENT}/{i}")) for i in range(len(leaves))]
     known = bool(leaves) and all(g is not None and g.shape == w.shape for g, w in zip(gradients, leaves, strict=True))
     return (jax.tree.unflatten(structure, gradients) if known else None), tagged.get((scope, f"{LEARNING_RATE}/0"))
+
+
+def _is_population(node: Any) -> bool:
+    return isinstance(node, PopulationState)
+
+
+def _of_members(function: Observe, observation: Observation) -> dict[str, Array]:
+    """Returns what a function computes for each member of a population, and the means."""
+    weights, updates, gradients, rate, names = observation
+    if rate is not None:
+        rate = jnp.broadcast_to(rate, num_rows(weights))
+
+    def of_one(weights: PyTree, updates: PyTree, gradients: PyTree | None, rate: Any) -> dict[str, Array]:
+        return _checked(function(Observation(weights, updates, gradients, rate, names)))
+
+    each = jax.vmap(of_one)(weights, updates, gradients, rate)
+    return {name: jnp.mean(value, 0) for name, value in each.items()} | {f"{name}{EACH}": v for name, v in each.items()}
 
 
 def _without_prefix(names: PyTree, scope: Scope) -> PyTree:
