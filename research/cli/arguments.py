@@ -66,7 +66,8 @@ def parse(config_class: type, options_class: type, arguments: list[str], prog: s
 
     Both classes are dataclasses, and every field of `options_class` has a default. `prog` is the command as a user types it.
     Raises `UsageError` for an unknown option and for a value that can't be parsed, lies outside of its field's `Interval`, or
-    that the class itself rejects. `--help` ends the process, with exit code 0.
+    that the class itself rejects; `InvalidArgument` for a field that both classes have. `--help` ends the process, with exit
+    code 0.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Config:
@@ -81,6 +82,11 @@ def parse(config_class: type, options_class: type, arguments: list[str], prog: s
     research.cli.arguments.UsageError: --epochs: expected a whole number, got 'many'; `just run mine --help` lists the options.
     """
     hint = f"`{prog} --help` lists the options."
+    both = {field.name for field in dataclasses.fields(config_class)} & {
+        field.name for field in dataclasses.fields(options_class)
+    }
+    if both:
+        raise InvalidArgument(f"Config has the field {min(both)!r}, which is an option of the command; rename it.")
     unknown = unknown_option(arguments, [*dataclasses.fields(config_class), *dataclasses.fields(options_class)])
     if unknown is not None:
         raise UsageError(f"{unknown}; {hint}")
@@ -93,11 +99,11 @@ def parse(config_class: type, options_class: type, arguments: list[str], prog: s
         ("experiment", config_class),
         (command, options_class, dataclasses.field(default_factory=options_class)),
     ]
-    both = dataclasses.make_dataclass("Arguments", fields, frozen=True)
+    arguments_class = dataclasses.make_dataclass("Arguments", fields, frozen=True)
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            parsed: Any = tyro.cli(flat(both), args=arguments, prog=prog, description=description)
+            parsed: Any = tyro.cli(flat(arguments_class), args=arguments, prog=prog, description=description)
         config, options = parsed.experiment, getattr(parsed, command)
         check_fields(config)
         check_fields(options)

@@ -326,7 +326,8 @@ def _describe(session: Session, parameters: int) -> str:
     """Returns one line about the training that is to come."""
     data = session.splits["train"]
     steps = f"{session.steps - session.start.step:,} steps to go, {data.steps_per_epoch:,} in an epoch"
-    return f"{parameters:,} trainable parameters; {steps} of {data.examples:,} examples"
+    members = "" if session.experiment.member is None else f"{session.config.population:,} members; "
+    return f"{members}{parameters:,} trainable parameters; {steps} of {data.examples:,} examples"
 
 
 def _performance_recorder(session: Session) -> PerformanceRecorder:

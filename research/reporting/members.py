@@ -1,10 +1,9 @@
 """The members of a population, ranked by a metric that is logged for each of them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from research.reporting.record import latest_of_members
 from research.reporting.report import metric_direction
 from research.training.logs import LogEntry
 
@@ -23,6 +22,19 @@ class Ranking(NamedTuple):
     def describe(self) -> str:
         """Returns the metric and the direction, as `--keep-best` takes them."""
         return f"{self.metric}:{'max' if self.highest else 'min'}"
+
+
+def latest_of_members(entries: Iterable[LogEntry]) -> dict[str, list[float]]:
+    """Returns the last values of each metric in a population's members, named as by `latest_metrics`.
+
+    >>> latest_of_members([LogEntry(1, 0, "val", {"loss": 2.0}, {"loss": [1.0, 3.0]})])
+    {'val_loss': [1.0, 3.0]}
+    """
+    return {
+        ("" if entry.split == "train" else f"{entry.split}_") + name: each
+        for entry in entries
+        for name, each in entry.members.items()
+    }
 
 
 def rank_members(entries: Sequence[LogEntry], metric: str | None = None, highest: bool = False) -> Ranking | None:

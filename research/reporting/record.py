@@ -243,19 +243,6 @@ def latest_metrics(entries: Iterable[LogEntry]) -> dict[str, float]:
     }
 
 
-def latest_of_members(entries: Iterable[LogEntry]) -> dict[str, list[float]]:
-    """Returns the last values of each metric in a population's members, named as by `latest_metrics`.
-
-    >>> latest_of_members([LogEntry(1, 0, "val", {"loss": 2.0}, {"loss": [1.0, 3.0]})])
-    {'val_loss': [1.0, 3.0]}
-    """
-    return {
-        ("" if entry.split == "train" else f"{entry.split}_") + name: each
-        for entry in entries
-        for name, each in entry.members.items()
-    }
-
-
 def append_entry(run: Run, entry: LogEntry) -> None:
     """Appends an entry to `metrics.jsonl`: one line of strict JSON, with non-finite values as null.
 

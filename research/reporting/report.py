@@ -78,9 +78,8 @@ def _members_section(summary: Mapping[str, Any]) -> str:
     fields = list(dict.fromkeys(name for each in rows for name in each["values"]))
     known = dict.fromkeys(name for each in rows for name in each["metrics"] if "/" not in name)
     ranked_by = str(summary.get("ranked_by")).partition(":")
-    names = sorted(
-        known, key=lambda name: (name != ranked_by[0], not name.startswith(("val_", "test_")), not metric_direction(name))
-    )
+    names = [name for name in known if metric_direction(name) or name == ranked_by[0]] or list(known)  # without norms
+    names.sort(key=lambda name: (name != ranked_by[0], not name.startswith("val_")))
     best = {}
     for name in names:
         numbers = {i: float(each["metrics"][name]) for i, each in enumerate(rows) if _is_number(each["metrics"].get(name))}
@@ -91,8 +90,11 @@ def _members_section(summary: Mapping[str, Any]) -> str:
         for i, each in enumerate(rows)
     ]
     titles = {str(i): f"{each['rank']}. member {each['member']}" for i, each in enumerate(rows)}
-    text = f"<p>Ranked by {html.escape(ranked_by[0])}{' ↑' if ranked_by[2] == 'max' else ' ↓'}; results above are means.</p>"
-    return _section("Members", text, _rows(titles, [*fields, *names], cells))
+    text = (
+        f"<p>Ranked by {html.escape(ranked_by[0])}{' ↑' if ranked_by[2] == 'max' else ' ↓'}. The results above are means of the "
+        "members; figures and models below are the best member's.</p>"
+    )
+    return _section("Members", text, f'<div class="numbers">{_rows(titles, [*fields, *names], cells)}</div>')
 
 
 def _is_member(value: Any) -> bool:
@@ -339,6 +341,7 @@ h1 {{ font-size: 1.5rem; margin: 0 0 .25rem; }} h2 {{ font-size: 1rem; margin: 2
 .good {{ background: #eaf3ea; color: #1a6b2d; }} .bad {{ background: #fbeaea; color: #a3221a; }}
 .open {{ background: #fdf4dc; color: #7a5200; }}
 table {{ border-collapse: collapse; }} th, td {{ text-align: left; padding: .2rem 1.4rem .2rem 0; vertical-align: top; }}
+.numbers td {{ white-space: nowrap; }}
 th {{ font-weight: 500; color: #57606a; white-space: nowrap; }}
 td {{ font-variant-numeric: tabular-nums; overflow-wrap: anywhere; min-width: 4rem; }}
 tr + tr {{ border-top: 1px solid #eaeef2; }} b {{ font-weight: 700; }} code {{ font-size: .9em; }} a {{ color: inherit; }}

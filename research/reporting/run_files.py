@@ -336,11 +336,14 @@ def _entry(line: bytes) -> LogEntry:
     values = _checked(contents, "values", dict)
     lists = {name: value for name, value in values.items() if name.endswith(EACH) and isinstance(value, list)}
     floats = _floats({name: value for name, value in values.items() if name not in lists}, "values")
-    members = {name.removesuffix(EACH): list(_floats(dict(enumerate(each)), name).values()) for name, each in lists.items()}
+    members = {
+        name.removesuffix(EACH): list(_floats({str(i): v for i, v in enumerate(each)}, name).values())
+        for name, each in lists.items()
+    }
     return LogEntry(step, epoch, _checked(contents, "split", str), floats, members)
 
 
-def _floats(values: Any, name: str) -> dict[Any, float]:
+def _floats(values: Any, name: str) -> dict[str, float]:
     """Returns numbers as `_numbers` does, null as NaN."""
     return {key: math.nan if value is None else float(value) for key, value in _numbers(values, name).items()}
 
