@@ -248,7 +248,7 @@ def _values(part: str, texts: Sequence[str], annotation: Any, count: int) -> lis
 def _number(annotation: Any) -> type | None:
     """Returns whether values of an annotation are whole numbers, `int`, other numbers, `float`, or none.
 
-    >>> _number(float | None), _number(typing.Annotated[int, "count"]), _number(bool), _number(str | Path)
+    >>> _number(float | None), _number(typing.Annotated[int, "count"]), _number(bool), _number(str | None)
     (<class 'float'>, <class 'int'>, None, None)
     """
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # matplotlib is slow to import: only functions that draw do i
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#ee7733", "#555555", "#009988", "#bb5566")
 LINE_STYLES: dict[str, Any] = {"val": "-", "train": (0, (4, 2)), "test": ":"}
 TITLE_SIZE, NAME_SIZE, DETAIL_SIZE = 11.0, 9.0, 8.0  # points
+MEMBER = "member"  # of lines that the legend leaves out
 MAX_NAME = 60  # characters
 MAX_VALUE = 1e200  # matplotlib's axes overflow near the largest float
 MAX_HEIGHT = 90.0  # inches: taller drawings shrink, since few programs show larger images
@@ -49,7 +50,7 @@ def _draw_curves(logs: Sequence[LogEntry]) -> "Figure":
             if any(name in entry.members for entry in entries):
                 entries = _plot_members(axes, entries, name, colour)
             _plot_line(axes, entries, name, color=colour, label=split)
-        lines = [line for line in axes.lines if not str(line.get_label()).startswith("_")]
+        lines = [line for line in axes.lines if line.get_gid() != MEMBER]
         if lines:
             axes.legend(lines, [_shortened(str(line.get_label())) for line in lines], frameon=False)
     return figure
@@ -264,7 +265,7 @@ def _plot_members(axes: "Axes", logs: Sequence[LogEntry], name: str, colour: str
     variance = np.nansum((values - mean[:, None]) ** 2, 1) / np.where(count > 1, count - 1, math.nan)
     error = 1.96 * np.sqrt(variance / np.where(count, count, math.nan))
     alpha = max(0.08, min(0.5, 3 / values.shape[1]))
-    axes.plot(steps, values, color=colour, linewidth=0.6, alpha=alpha, label="_members")
+    axes.plot(steps, values, color=colour, linewidth=0.6, alpha=alpha, gid=MEMBER)
     axes.fill_between(steps, mean - error, mean + error, color=colour, alpha=0.25, linewidth=0)
     return [LogEntry(step, 0, "", {name: value}) for step, value in zip(steps, mean.tolist(), strict=True)]
 

@@ -48,7 +48,7 @@ def population(
     `research.data.side_by_side`. Steps are vectorised over members, which computes what a member does alone, to rounding; with
     `mapped` they run one after another within the program, as alone. Logs have the mean over members under their name, and the
     values of all under the name with `_of_members` appended. `predict` returns one output for each example and member: their
-    axis is the second.
+    axis is the second. Where it takes other batches than the example, it must not depend on numbers that vary.
 
     `take_members` returns the states of some members, which the same learner goes on with; `member` that of one, for the learner
     that `build` returns for it. On two CPU cores vectorising gains little; what is gained is one start and one program.
@@ -157,7 +157,16 @@ class _Programs:
             if jax.tree.flatten(jax.eval_shape(each.init)) != jax.tree.flatten(self.state):
                 raise self.different("states", index, "their structure or shapes")
         self.known: dict[Any, Merged] = {}
-        self.numbers = {name: self.merge(name, example).numbers for name in ("train", "evaluate", "predict")}
+        names = ("train", "evaluate", "predict") if self.predicts(example) else ("train", "evaluate")
+        self.numbers = {"predict": [], **{name: self.merge(name, example).numbers for name in names}}
+
+    def predicts(self, example: Any) -> bool:
+        """Returns whether a member predicts from a training batch; another takes other batches, such as latents, or none."""
+        try:
+            jax.eval_shape(self.learners[0].predict, self.state, example)
+        except Exception:
+            return False
+        return True
 
     def merge(self, name: str, batch: Any) -> Merged:
         key = (name, jax.tree.structure(batch), *jax.tree.leaves(batch))
