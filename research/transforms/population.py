@@ -134,6 +134,24 @@ def take_members(state: PopulationState, indices: Any) -> PopulationState:
     >>> state = PopulationState([jnp.array([5.0, 6.0, 7.0])], {"train": [jnp.array([0.5, 0.6, 0.7])]})
     >>> take_members(state, jnp.array([2, 0])).members
     [Array([7., 5.], dtype=float32)]
+
+    Successive halving: train, rank, and go on with the better half.
+
+    >>> import research
+    >>> def build(rate):
+    ...     keras.utils.set_random_seed(0)
+    ...     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    ...     return research.supervised(model, loss="mse", optimizer=keras.optimizers.SGD(rate))
+    >>> x = np.linspace(-1, 1, 32, dtype="float32")[:, None]
+    >>> data, rates = research.from_arrays(x, 2 * x), np.array([0.01, 0.1, 1.0, 100.0])
+    >>> many = population(build, [{"rate": rate} for rate in rates], example=data.shapes)
+    >>> state = many.init()
+    >>> while len(rates) > 1:
+    ...     state, logs = research.train(many, data, epochs=5, state=state)
+    ...     best = np.argsort(logs["loss_of_members"])[: len(rates) // 2]
+    ...     state, rates = take_members(state, best), rates[best]
+    >>> rates.tolist()
+    [1.0]
     """
     return jax.tree.map(lambda leaf: leaf[indices], state)
 
