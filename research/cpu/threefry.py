@@ -21,7 +21,7 @@ PARITY = 0x1BD11BDA  # xor-ed with both words of the key it gives the third word
 
 
 def rule(equation: Any) -> Callable[..., Array] | None:
-    """Returns the replacement for an equation that draws bits, splits or folds into a single threefry key.
+    """Returns the replacement for an equation that draws bits, splits or folds into a threefry key, or into an array of keys.
 
     The replacement takes the equation's operands and returns its result. None for every other equation, and where
     `jax_threefry_partitionable` is off, because words are paired differently then.
@@ -36,20 +36,20 @@ def rule(equation: Any) -> Callable[..., Array] | None:
     if name not in ("random_bits", "random_split", "random_fold_in") or not partitionable:
         return None
     key = equation.invars[0].aval
-    if key.shape or key.dtype.name != "key<fry>" or math.prod(params.get("shape", ())) >= 1 << 32:
+    if key.dtype.name != "key<fry>" or math.prod(params.get("shape", ())) >= 1 << 32:
         return None
     if name == "random_bits":
         width = params["bit_width"]
         return functools.partial(_bits, shape=params["shape"], width=width) if width in (8, 16, 32) else None
     if name == "random_split":
         return functools.partial(_split, shape=params["shape"])
-    return None if equation.invars[1].aval.shape else _fold_in
+    return _fold_in
 
 
-def threefry2x32(key: UInt[Array, "2"], x_0: Any, x_1: Any) -> tuple[Any, Any]:
+def threefry2x32(key: UInt[Array, "2 *keys"], x_0: Any, x_1: Any) -> tuple[Any, Any]:
     """Returns Threefry-2x32 with 20 rounds of two words under a key.
 
-    All words are uint32; `x_0`, `x_1` and both results have the same shape. Source: J. Salmon et al., Parallel random numbers: as
+    All words are uint32; `x_0`, `x_1` and both results have the same shape, that of the keys if there are several. Source: J. Salmon et al., Parallel random numbers: as
     easy as 1, 2, 3, SC 2011.
 
     >>> key = jnp.array([0x13198A2E, 0x03707344], jnp.uint32)
@@ -69,9 +69,10 @@ def threefry2x32(key: UInt[Array, "2"], x_0: Any, x_1: Any) -> tuple[Any, Any]:
 
 
 def _encrypt_counters(words: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
-    """Returns the cipher of the counters 0, 1, 2, ... in an array of this shape, as high and low words."""
+    """Returns the cipher of the counters 0, 1, 2, ... in an array of this shape for each key, as high and low words."""
     counters = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
-    return threefry2x32(words, jnp.zeros(shape, jnp.uint32), counters)
+    keys = jnp.moveaxis(words, -1, 0)
+    return threefry2x32(keys.reshape(*keys.shape, *(1,) * len(shape)), jnp.zeros(shape, jnp.uint32), counters)
 
 
 def _bits(key: Array, shape: tuple[int, ...], width: int) -> Array:
@@ -87,5 +88,6 @@ def _split(key: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _fold_in(key: Array, data: Any) -> Array:
-    words = jnp.stack(threefry2x32(jax.random.key_data(key), jnp.uint32(0), data.astype(jnp.uint32)))
+    keys = jnp.moveaxis(jax.random.key_data(key), -1, 0)
+    words = jnp.stack(threefry2x32(keys, jnp.uint32(0), data.astype(jnp.uint32)), -1)
     return jax.random.wrap_key_data(words, impl="threefry2x32")

@@ -151,7 +151,13 @@ DRAWS = {
     "permutation": lambda key: jax.random.permutation(key, 11),
     "split": lambda key: jax.random.split(key, (2, 3)),
     "fold_in": lambda key: jax.random.fold_in(key, 7),
-    "vmap over keys": lambda key: jax.vmap(lambda key: jax.random.uniform(key, (3,)))(jax.random.split(key, 4)),
+    "vmap over keys": lambda key: jax.vmap(
+        lambda key: (jax.random.uniform(key, (3, 5)), jax.random.split(key, (3, 2)), jax.random.fold_in(key, 7))
+    )(jax.random.split(key, 4)),
+    "vmap over data": lambda key: jax.vmap(lambda data: jax.random.fold_in(key, data))(jnp.arange(4)),
+    "vmap over both": lambda key: jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(
+        jax.random.split(key, 4), jnp.arange(3)
+    ),
 }
 
 
@@ -175,7 +181,7 @@ def test_random_numbers_are_the_same_bits(name: str, typed: bool, partitionable:
         for a, b in zip(expected, actual, strict=True):
             assert a.dtype == b.dtype
             np.testing.assert_array_equal(a, b)
-        assert bool(remaining) == (name == "vmap over keys" or not partitionable)  # only draws from a single key are rewritten
+        assert bool(remaining) == (not partitionable)
 
 
 def test_random_numbers_of_other_ciphers_stay_unchanged() -> None:
