@@ -46,11 +46,11 @@ def rule(equation: Any) -> Callable[..., Array] | None:
     return _fold_in
 
 
-def threefry2x32(key: UInt[Array, "2 *keys"], x_0: Any, x_1: Any) -> tuple[Any, Any]:
+def threefry2x32(key: UInt[Array, "2 ..."], x_0: Any, x_1: Any) -> tuple[Any, Any]:
     """Returns Threefry-2x32 with 20 rounds of two words under a key.
 
-    All words are uint32; `x_0`, `x_1` and both results have the same shape, that of the keys if there are several. Source: J. Salmon et al., Parallel random numbers: as
-    easy as 1, 2, 3, SC 2011.
+    All words are uint32; `x_0` and `x_1` have the same shape, and the results the one that it broadcasts to with that of the
+    keys, if there are several. Source: J. Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011.
 
     >>> key = jnp.array([0x13198A2E, 0x03707344], jnp.uint32)
     >>> [f"{int(word):08x}" for word in threefry2x32(key, jnp.uint32(0x243F6A88), jnp.uint32(0x85A308D3))]
