@@ -392,9 +392,7 @@ def _strict(value: Any) -> Any:
         return None
     if isinstance(value, Mapping):
         return {str(k): _strict(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(v) for v in value]
-    return value
+    return [_strict(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _json(value: Any) -> str:
