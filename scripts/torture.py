@@ -3,9 +3,12 @@
 just torture                                             # each fault once, on digits: some minutes
 just torture --trials 20 --faults kill,term -- gan --epochs 3
 just torture --processes 2 --trials 10 -- digits --epochs 40 --checkpoint-every 50 --mesh data=-1
+just torture --trials 200 --faults kill --json kills.jsonl      # the same command again goes on after an interruption
+just torture --table kills.jsonl others.jsonl
 
-After each trial the last checkpoint, metrics.jsonl and the metrics in summary.json must equal those of the undisturbed run to the
-last bit, and the report must be there. Prints a table of the faults; exits with 1 if a trial differs.
+After each trial the last checkpoint, the names of all checkpoints, metrics.jsonl and the metrics in summary.json must equal those
+of the undisturbed run to the last bit, and the report must be there. With `--checkpoint-every STEPS`, no more than two such
+intervals may be trained twice, and from a damaged checkpoint on those before it. Prints a table; exits with 1 if a trial fails.
 """
 
 import argparse
@@ -16,24 +19,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent / "faults"))
 
 import numpy as np
-from kinds import FAULTS, OF_PROCESSES, Fault, Trial, launch
-from rich.console import Console
-from rich.table import Table
+from counts import Count, Outcome, append, outcome_of, read, table
+from kinds import FAULTS, OF_ONE, OF_PROCESSES, Fault, Trial, launch
 
 DIGITS = ["digits", "--epochs", "40", "--checkpoint-every", "50", "--log-every", "7"]
-
-
-class Outcome(NamedTuple):
-    """What became of a trial: whether the fault came before the end, what went wrong, and the steps that were trained twice."""
-
-    in_time: bool
-    error: str
-    lost: int = 0
 
 
 def checkpoint_leaves(directory: Path) -> dict[str, np.ndarray]:
@@ -56,6 +49,8 @@ def differences(first: Path, second: Path) -> list[str]:
     """Returns the names of the results that differ between two finished runs; timings are not compared."""
     a, b = checkpoint_leaves(first), checkpoint_leaves(second)
     names = [name for name in {**a, **b} if name not in a or name not in b or not np.array_equal(a[name], b[name])]
+    if checkpoint_steps(first) != checkpoint_steps(second):
+        names.append(f"checkpoints {checkpoint_steps(first)} in place of {checkpoint_steps(second)}")
     if (first / "metrics.jsonl").read_bytes() != (second / "metrics.jsonl").read_bytes():
         names.append("metrics.jsonl")
     summaries = [json.loads((path / "summary.json").read_text()) for path in (first, second)]
@@ -69,25 +64,48 @@ def attempt(fault: Fault, trial: Trial) -> Outcome:
     process = launch(trial, "run", *trial.arguments, "--run-dir", str(trial.directory), fault=fault.arm(trial))
     fault.act(trial, process)
     output, _ = process.communicate()
+    codes = (process.returncode,)
     if process.returncode not in {0, *fault.codes}:
-        return Outcome(True, f"exit code {process.returncode}: {output[-500:]}")
+        return Outcome(True, f"exit code {process.returncode}: {output[-500:]}", codes=codes)
     if process.returncode == 0 and fault.ends:
-        return Outcome(False, "")
-    logged, trained = last_logged_step(trial.directory), is_finished(trial.directory)
+        return Outcome(False, codes=codes)
+    logged, trained, promised = last_logged_step(trial.directory), is_finished(trial.directory), promise(fault, trial)
     error = fault.between(trial)
     if error:
-        return Outcome(True, error)
+        return Outcome(True, error, codes=codes)
     if fault.ends:
         started = (trial.directory / "config.json").exists()
         again = ("resume", str(trial.directory)) if started else ("run", *trial.arguments, "--run-dir", str(trial.directory))
         process = launch(trial, *again)
         output, _ = process.communicate()
+        codes += (process.returncode,)
         if process.returncode != 0:
-            return Outcome(True, f"resuming gave exit code {process.returncode}: {output[-500:]}")
+            return Outcome(True, f"resuming gave exit code {process.returncode}: {output[-500:]}", codes=codes)
     resumed_from = json.loads((trial.directory / "summary.json").read_text())["resumed_from"] or 0
     differing = differences(trial.directory, trial.reference)
     lost = max(0, logged - resumed_from) if fault.ends and not trained else 0
-    return Outcome(True, f"differing: {', '.join(differing)}" if differing else "", lost)
+    outcome = Outcome(True, f"differing: {', '.join(differing)}" if differing else "", not differing, codes, lost, promised)
+    if outcome.lost_more and not differing:
+        outcome = outcome._replace(error=f"{lost} steps were trained twice, expected at most {promised}")
+    return outcome
+
+
+def promise(fault: Fault, trial: Trial) -> int | None:
+    """Returns how many steps may be trained twice. None if checkpoints are not due by steps.
+
+    A checkpoint is written while training continues until the next one, so that there may be two intervals between that before it
+    and the last log. If the newest one is damaged, those from the one before are added.
+    """
+    values = [value for name, value in zip(trial.arguments, trial.arguments[1:], strict=False) if name == "--checkpoint-every"]
+    if not values or not values[-1].isdigit() or values[-1] == "0":
+        return None
+    saved = checkpoint_steps(trial.directory)
+    return 2 * int(values[-1]) + (saved[-1] - saved[-2] if fault.damages and len(saved) > 1 else 0)
+
+
+def checkpoint_steps(directory: Path) -> list[int]:
+    """Returns the steps of a run's checkpoints, in ascending order."""
+    return sorted(int(path.name) for path in directory.glob("checkpoints/[0-9]*"))
 
 
 def is_finished(directory: Path) -> bool:
@@ -120,10 +138,17 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--processes", type=int, default=1, help=f"that train together; faults are then {', '.join(OF_PROCESSES)}"
     )
-    parser.add_argument("--json", type=Path, help="file to write the outcomes to")
+    parser.add_argument("--devices", type=int, help="simulated CPU devices in each of several processes; by default eight in all")
+    parser.add_argument("--json", type=Path, help="file to append each outcome to, as a JSON line, and to go on from")
+    parser.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="print the table of such files; runs nothing")
     parser.add_argument("run", nargs="*", default=DIGITS, help="after --: the experiment and its options")
     options = parser.parse_args(arguments)
-    known = FAULTS if options.processes == 1 else OF_PROCESSES
+    if options.trials < 1 or options.processes < 1 or (options.devices or 1) < 1:
+        parser.error("--trials, --processes and --devices: expected at least 1")
+    for path in options.table or ():
+        if not path.is_file():
+            parser.error(f"--table {path}: there is no such file; expected one that --json wrote")
+    known = OF_ONE if options.processes == 1 else OF_PROCESSES
     options.faults = options.faults or list(known)
     for name in options.faults:
         if name not in known:
@@ -134,55 +159,64 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Runs the command line; returns the exit code."""
     options = parse_arguments(arguments)
-    rng = random.Random(options.seed)
-    outcomes: dict[str, list[Outcome]] = {name: [] for name in options.faults}
-    with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
-        trial = Trial(options.run, scratch / "reference", scratch, rng, 0.0, scratch / "reference", options.processes)
-        for name in ("warm-up", "reference"):  # the first fills the compilation cache
-            started = time.monotonic()
-            process = launch(trial, "run", *options.run, "--run-dir", str(scratch / name))
-            output, _ = process.communicate()
-            if process.returncode != 0:
-                print(output)
+    what = {name: fault.what for name, fault in FAULTS.items()}
+    if options.table:
+        print(table([line for path in options.table for line in read(path)], what))
+        return 0
+    count = Count(tuple(options.run), options.processes, options.devices, options.seed)
+    lines = read(options.json) if options.json is not None else []
+    done = count.done(lines)
+    trials = [(name, i) for i in range(options.trials) for name in options.faults]
+    lines = [line for line in lines if (line["fault"], line["trial"]) in trials and count.done([line])]
+    if set(trials) - done:
+        with tempfile.TemporaryDirectory() as folder:
+            undisturbed = run_undisturbed(options, Path(folder))
+            if undisturbed is None:
                 return 1
-        trial = trial._replace(seconds=time.monotonic() - started)
-        for i in range(options.trials):
-            for name in options.faults:
-                outcome, attempts = Outcome(False, ""), 0
-                while not outcome.in_time:  # a run that ended before the fault proves nothing
-                    home = scratch / f"{name}-{i}-{attempts}"
-                    home.mkdir()
-                    outcome = attempt(FAULTS[name], trial._replace(directory=home / "run", home=home))
-                    attempts += 1
-                    shutil.rmtree(home, ignore_errors=True)
-                    if attempts == 10 and not outcome.in_time:
-                        outcome = Outcome(True, "the run ended ten times before the fault came")
-                outcomes[name].append(outcome)
-                print(
-                    f"{i + 1}/{options.trials} {name}: {outcome.error or f'equal, {outcome.lost} steps trained twice'}",
-                    flush=True,
-                )
-    show(outcomes)
-    if options.json is not None:
-        contents = {"run": options.run, "processes": options.processes, "seed": options.seed, "seconds": trial.seconds}
-        faults = {name: [outcome._asdict() for outcome in each] for name, each in outcomes.items()}
-        options.json.write_text(json.dumps({**contents, "faults": faults}, indent=1))
-    every = [outcome for each in outcomes.values() for outcome in each]
-    equal = sum(not outcome.error for outcome in every)
-    print(f"{equal} of {len(every)} equal to the last bit")
-    return int(equal < len(every))
+            for name, i in trials:
+                if (name, i) not in done:
+                    started = time.monotonic()
+                    outcome = repeat_until_in_time(name, i, undisturbed, options.seed)
+                    lines.append(count.line(name, i, outcome, time.monotonic() - started))
+                    if options.json is not None:
+                        append(options.json, lines[-1])
+                    said = outcome.error or f"equal, {outcome.lost} steps trained twice"
+                    print(f"{i + 1}/{options.trials} {name}: {said}", flush=True)
+    print(table(lines, what))
+    good = sum(not outcome_of(line).error for line in lines)
+    print(f"{good} of {len(lines)} equal to the last bit")
+    return int(good < len(lines))
 
 
-def show(outcomes: dict[str, list[Outcome]]) -> None:
-    """Prints a table of the faults."""
-    table = Table("fault", "what", "trials", "equal", "most steps trained twice", box=None)
-    for name, each in outcomes.items():
-        equal = sum(not outcome.error for outcome in each)
-        table.add_row(name, FAULTS[name].what, str(len(each)), str(equal), str(max(outcome.lost for outcome in each)))
-    console = Console(highlight=False)
-    console = console if console.is_terminal else Console(highlight=False, width=160)
-    console.print(table)
+def run_undisturbed(options: argparse.Namespace, scratch: Path) -> Trial | None:
+    """Runs to the end without a fault. Returns what the trials are made of; None, with the run's output printed, if it fails."""
+    reference, rng = scratch / "reference", random.Random(options.seed)
+    trial = Trial(options.run, reference, scratch, rng, 0.0, reference, options.processes, options.devices)
+    for name in ("warm-up", "reference"):  # the first fills the compilation cache
+        started = time.monotonic()
+        process = launch(trial, "run", *options.run, "--run-dir", str(scratch / name))
+        output, _ = process.communicate()
+        if process.returncode != 0:
+            print(output)
+            return None
+    differing = differences(scratch / "warm-up", reference)
+    if differing:
+        print(f"two undisturbed runs differ, so that a comparison shows nothing: {', '.join(differing)}")
+        return None
+    return trial._replace(seconds=time.monotonic() - started)
+
+
+def repeat_until_in_time(name: str, number: int, undisturbed: Trial, seed: int) -> Outcome:
+    """Tries a fault until it comes before the end of the run: a run that has ended proves nothing."""
+    rng = random.Random(f"{seed} {name} {number}")  # its own, so that an interrupted count goes on with the same moments
+    for i in range(10):
+        home = undisturbed.home / f"{name}-{number}-{i}"
+        home.mkdir()
+        outcome = attempt(FAULTS[name], undisturbed._replace(directory=home / "run", home=home, rng=rng))
+        shutil.rmtree(home, ignore_errors=True)
+        if outcome.in_time:
+            return outcome
+    return outcome._replace(error="the run ended ten times before the fault came")
 
 
 if __name__ == "__main__":

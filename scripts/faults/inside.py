@@ -108,8 +108,27 @@ def jump_clock(seed: int) -> None:
     time.time_ns = lambda: int(jumping() * 1e9)
 
 
+def pass_on(fault: dict[str, Any]) -> None:
+    """Arms the fault not here, but in one of the processes that `research processes` starts."""
+    from research.cli import processes
+
+    run_together = processes.run_together
+
+    def armed(commands: list[list[str]], devices: int) -> int:
+        commands = [list(command) for command in commands]
+        disturbed = commands[fault["process"]]
+        module = disturbed.index("-m")  # -m research run ...
+        disturbed[module : module + 2] = [__file__, json.dumps(fault)]
+        return run_together(commands, devices)
+
+    processes.run_together = armed
+
+
 def main(fault: dict[str, Any], arguments: list[str]) -> None:
     """Arms the fault and runs the command line."""
+    if arguments[0] == "processes":
+        pass_on(fault)
+        fault = {}
     if "largest_file" in fault:  # in place of a full disk: a write beyond it fails
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault["largest_file"], fault["largest_file"]))

@@ -1,5 +1,6 @@
 """The faults: how each is brought about, and what is done to the run directory before the run is resumed."""
 
+import contextlib
 import json
 import os
 import random
@@ -28,7 +29,8 @@ class Trial(NamedTuple):
     rng: random.Random
     seconds: float  # that the undisturbed run takes
     reference: Path
-    processes: int
+    processes: int = 1
+    devices: int | None = None  # simulated in each of several processes
 
     @property
     def moment(self) -> float:
@@ -39,7 +41,8 @@ class Trial(NamedTuple):
 class Fault(NamedTuple):
     """A fault: what happens, what is armed inside of the process, what is done to it and between its end and its next start.
 
-    `codes` are the exit codes that it may give. A fault that does not end the run has `ends=False`.
+    `codes` are the exit codes that it may give. A fault that does not end the run has `ends=False`, one after which the newest
+    checkpoint can't be restored `damages=True`.
     """
 
     what: str
@@ -48,13 +51,15 @@ class Fault(NamedTuple):
     between: Callable[[Trial], str] = lambda trial: ""
     codes: tuple[int, ...] = (-signal.SIGKILL,)
     ends: bool = True
+    damages: bool = False
 
 
 def launch(trial: Trial, *arguments: str, fault: dict[str, Any] | None = None) -> Process:
     """Starts a `research` command with its output captured: as several processes, or with a fault inside, if there is one."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     if trial.processes > 1:
-        arguments = ("processes", str(trial.processes), *arguments)
+        devices = () if trial.devices is None else ("--devices", str(trial.devices))
+        arguments = ("processes", str(trial.processes), *devices, *arguments)
     start = [str(INSIDE), json.dumps(fault)] if fault else ["-m", "research"]
     command = [sys.executable, "-P", *start, *arguments]
     return subprocess.Popen(
@@ -62,14 +67,31 @@ def launch(trial: Trial, *arguments: str, fault: dict[str, Any] | None = None) -
     )
 
 
-def send(process: Process, number: signal.Signals, rng: random.Random, several: bool) -> None:
-    """Sends a signal to a run; SIGKILL to one of its processes, if there are several."""
-    target = process.pid
-    if several and number == signal.SIGKILL:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split() if process.poll() is None else []
-        target = int(rng.choice(children)) if children else target
-    if process.poll() is None:
-        os.kill(target, number)
+def workers(process: Process, several: bool) -> list[int]:
+    """Returns the ids of a run's processes, waiting until they are there; none once it has ended."""
+    if not several:
+        return [process.pid] * (process.poll() is None)
+    children: list[str] = []
+    while process.poll() is None and not children:
+        time.sleep(0.01)
+        with contextlib.suppress(OSError):
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(child) for child in children]
+
+
+def send_to(pid: int, number: signal.Signals) -> None:
+    """Sends a signal to a process, if it still runs."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def send(process: Process, number: signal.Signals, trial: Trial) -> None:
+    """Sends a signal to a run; SIGKILL to a random one of its processes, if there are several."""
+    if trial.processes > 1 and number == signal.SIGKILL:
+        for pid in trial.rng.sample(workers(process, True), 1) if process.poll() is None else []:
+            send_to(pid, number)
+    elif process.poll() is None:
+        send_to(process.pid, number)
 
 
 def after_a_time(number: signal.Signals) -> Callable[[Trial, Process], None]:
@@ -77,7 +99,7 @@ def after_a_time(number: signal.Signals) -> Callable[[Trial, Process], None]:
 
     def act(trial: Trial, process: Process) -> None:
         time.sleep(trial.moment)
-        send(process, number, trial.rng, trial.processes > 1)
+        send(process, number, trial)
 
     return act
 
@@ -89,7 +111,7 @@ def after_checkpoint(count: int, number: signal.Signals) -> Callable[[Trial, Pro
         time.sleep(trial.moment)
         for _ in range(count):
             wait_for_checkpoint(process, trial.directory)
-        send(process, number, trial.rng, trial.processes > 1)
+        send(process, number, trial)
 
     return act
 
@@ -102,21 +124,42 @@ def wait_for_checkpoint(process: Process, directory: Path) -> None:
 
 
 def kill_in(module: str, function: str, calls: int = 1, seconds: float = 0.02) -> Callable[[Trial], dict[str, Any]]:
-    """Returns what arms a SIGKILL some time after a random one of the first `calls` calls of a function."""
+    """Returns what arms a SIGKILL, of one of the processes, some time after a random one of the first calls of a function."""
     return lambda trial: {
         "kill_in": [module, function],
         "call": trial.rng.randint(1, calls),
         "delay": trial.rng.uniform(0, seconds),
+        "process": trial.rng.randrange(trial.processes),
     }
 
 
 def pause(trial: Trial, process: Process) -> None:
-    """Stops the process for a second or two, and lets it go on."""
+    """Stops the process, or one of several, for a second or two, and lets it go on."""
     time.sleep(trial.moment)
-    if process.poll() is None:
-        os.kill(process.pid, signal.SIGSTOP)
+    running = workers(process, trial.processes > 1)
+    if running:
+        pid = trial.rng.choice(running)
+        send_to(pid, signal.SIGSTOP)
         time.sleep(trial.rng.uniform(0.5, 2))
-        os.kill(process.pid, signal.SIGCONT)
+        send_to(pid, signal.SIGCONT)
+
+
+def kill_all(trial: Trial, process: Process) -> None:
+    """Kills all processes at a random moment."""
+    time.sleep(trial.moment)
+    for pid in workers(process, True):
+        send_to(pid, signal.SIGKILL)
+
+
+def pause_and_kill(trial: Trial, process: Process) -> None:
+    """Stops one process, and kills another some time later."""
+    time.sleep(trial.moment)
+    running = workers(process, True)
+    if len(running) > 1:
+        stopped, killed = trial.rng.sample(running, 2)
+        send_to(stopped, signal.SIGSTOP)
+        time.sleep(trial.rng.uniform(0, 2))
+        send_to(killed, signal.SIGKILL)
 
 
 def cut_power(trial: Trial) -> str:
@@ -185,7 +228,9 @@ KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 FAULTS = {
     "kill": Fault("SIGKILL at a random moment", act=after_a_time(KILL), codes=(-KILL, 75)),
     "kill-checkpoint": Fault("SIGKILL right after a checkpoint", act=after_checkpoint(1, KILL), codes=(-KILL, 75)),
-    "kill-save": Fault("SIGKILL while a checkpoint is written", arm=kill_in("research.training.checkpoint", "_save", 8)),
+    "kill-save": Fault(
+        "SIGKILL while a checkpoint is written", arm=kill_in("research.training.checkpoint", "_save", 8), codes=(-KILL, 75)
+    ),
     "kill-evaluation": Fault("SIGKILL in the evaluation of test data", arm=kill_in("research.training.loop", "evaluate")),
     "kill-outputs": Fault(
         "SIGKILL while results, pictures and models are written", arm=kill_in("research.cli.training", "write_outputs", 1, 1.0)
@@ -212,10 +257,14 @@ FAULTS = {
         act=after_a_time(KILL),
         between=cut_power,
     ),
-    "damage": Fault("SIGKILL, and the newest checkpoint is damaged", act=after_checkpoint(2, KILL), between=damage),
+    "damage": Fault("SIGKILL, and the newest checkpoint is damaged", act=after_checkpoint(2, KILL), between=damage, damages=True),
     "foreign": Fault(
         "SIGKILL, and the newest checkpoint is another run's", act=after_checkpoint(2, KILL), between=replace_by_foreign
     ),
     "config": Fault("SIGKILL, and another config: it must not go on", act=after_checkpoint(2, KILL), between=change_config),
+    "kill-all": Fault("SIGKILL of all processes at a random moment", act=kill_all, codes=(75,)),
+    "pause-kill": Fault("SIGSTOP of one process, and SIGKILL of another", act=pause_and_kill, codes=(75,)),
 }
-OF_PROCESSES = ("kill", "kill-checkpoint", "term", "term-checkpoint")
+ONLY_OF_PROCESSES = ("kill-all", "pause-kill")
+OF_ONE = tuple(name for name in FAULTS if name not in ONLY_OF_PROCESSES)
+OF_PROCESSES = ("kill", "kill-checkpoint", "kill-save", "term", "term-checkpoint", "pause", *ONLY_OF_PROCESSES)
