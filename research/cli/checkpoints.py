@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
@@ -11,10 +11,13 @@ from research.core.state import InvalidArgument
 from research.data.batches import Batches
 from research.distributed import processes
 from research.reporting import record
-from research.training.checkpoint_policy import Timer
+from research.training.checkpoint_policy import Keep, Timer, keep
 from research.training.logs import LogEntry
 from research.training.loop import Every, Hook
 from research.transforms.population import EACH
+
+if TYPE_CHECKING:
+    from research.cli.training import Session
 
 AUTO_SECONDS, AUTO_SHARE = 60.0, 0.01
 SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
@@ -94,6 +97,19 @@ def checkpoint_hooks(
         steps = cadence.steps if cadence.epochs is None else cadence.epochs * steps_per_epoch
         hooks.append((steps or total + 1, save))
     return hooks + ([(steps_per_epoch, save)] if best else [])
+
+
+def kept_checkpoints(session: "Session", scores: "Scores") -> Keep:
+    """Returns which checkpoints a run keeps, as its options say. Those of a stop or a bad step count as none that are due."""
+    options, steps_per_epoch, total = session.options, session.splits["train"].steps_per_epoch, session.steps
+    cadence = parse_cadence(options.checkpoint_every)
+    periods = [cadence.steps if cadence.epochs is None else cadence.epochs * steps_per_epoch]
+    periods += [steps_per_epoch] if options.keep_best else []
+
+    def due(step: int) -> bool:
+        return cadence.seconds is not None or step == total or any(step % period == 0 for period in periods if period)
+
+    return keep(options.keep, options.keep_every, scores, due)
 
 
 def once_a_step(*hooks: Hook) -> Hook:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from rich.console import Console
 
-from research.cli.checkpoints import recorded_scores
+from research.cli.checkpoints import kept_checkpoints, recorded_scores
 from research.cli.errors import describe_error
 from research.cli.options import OnBadStep
 from research.cli.placement import place
@@ -19,7 +19,6 @@ from research.debugging.replay import on_one_device
 from research.distributed import processes
 from research.training import checkpoint
 from research.training.bad_steps import NONFINITE, BadStep
-from research.training.checkpoint_policy import keep
 
 if TYPE_CHECKING:
     from research.cli.training import Session
@@ -64,8 +63,8 @@ def recover(session: "Session", bad: BadStep, recent: dict[str, Any]) -> checkpo
             history.record_decision(session.run.directory, decision)
         done = "skipped" if decision.restored == step - 1 else f"went back to the state of step {decision.restored}"
         print(f"{message}; {done}, and goes on with step {step + 1}", file=sys.stderr, flush=True)
-    run, options = session.run, session.options
-    kept = keep(options.keep, options.keep_every, recorded_scores(options.keep_best, run))
+    run = session.run
+    kept = kept_checkpoints(session, recorded_scores(session.options.keep_best, run))
     checkpoint.save(run.checkpoints, step, start.state, session.learner.names, start.logs, kept, checkpoint_origin(run))
     return start
 

@@ -12,7 +12,15 @@ import jax
 
 from research.cli import members
 from research.cli.arguments import print_error
-from research.cli.checkpoints import check_best, checkpoint_hooks, once_a_step, parse_best, parse_cadence, recorded_scores
+from research.cli.checkpoints import (
+    check_best,
+    checkpoint_hooks,
+    kept_checkpoints,
+    once_a_step,
+    parse_best,
+    parse_cadence,
+    recorded_scores,
+)
 from research.cli.errors import remove_tracebacks
 from research.cli.experiment import Experiment
 from research.cli.options import Options
@@ -30,7 +38,6 @@ from research.reporting import progress, record, run_files
 from research.reporting.performance import PerformanceRecorder
 from research.training import checkpoint, loop, signals
 from research.training.bad_steps import BadStep, LossWatch, state_check, without_recent
-from research.training.checkpoint_policy import keep
 from research.training.logs import LogEntry, log_entry
 from research.transforms.observe import Observe, layer_norms, norms
 
@@ -239,7 +246,7 @@ def train(session: Session, recorder: Recorder, stop: Callable[[], bool], watch:
     best = parse_best(options.keep_best)
     check_best(best, learner, session.start.state, session.splits)
     scores = recorded_scores(options.keep_best, run)
-    kept = keep(options.keep, options.keep_every, scores)
+    kept = kept_checkpoints(session, scores)
     logged = [run.directory / name for name in ("config.json", "metrics.jsonl")]  # a checkpoint is of no use without them
 
     with (
@@ -284,6 +291,7 @@ def train(session: Session, recorder: Recorder, stop: Callable[[], bool], watch:
         if "test" in session.splits:
             values = loop.evaluate(learner, session.splits["test"], trained, stop)
             log(log_entry(total, max(0, total - 1) // data.steps_per_epoch, "test", values))
+    checkpoint.remove_others(run.checkpoints, kept, checkpoint_origin(run))
     return trained
 
 

@@ -116,12 +116,35 @@ def _save(
         if first:
             _remove(partial)
     if first:
-        own = [saved for saved in steps(directory) if saved <= step and _is_own(_path(directory, saved), origin)]
-        kept = {step, *(keep(own) if callable(keep) else own[-keep:])}
-        for old in own:
-            if old not in kept:
-                _remove(_path(directory, old))
+        _remove_others(directory, step, keep, origin)
     return final
+
+
+def remove_others(directory: Path, keep: Keep, origin: Origin = ANY) -> None:
+    """Removes the checkpoints of an origin that are not to be kept; the latest stays. With several processes, the first does it.
+
+    For the end of training: what the last step scored may become known only after its checkpoint was written.
+
+    >>> import tempfile
+    >>> directory = Path(tempfile.mkdtemp())
+    >>> for step in range(3):
+    ...     path = save(directory, step, [1.0], ["rate"], keep=3)
+    >>> remove_others(directory, lambda steps: steps[:1])
+    >>> steps(directory)
+    [0, 2]
+    """
+    saved = steps(directory)
+    if is_first() and saved:
+        _remove_others(directory, saved[-1], keep, origin)
+
+
+def _remove_others(directory: Path, step: int, keep: int | Keep, origin: Origin) -> None:
+    """Removes the checkpoints of an origin up to a step, but for that one and those to be kept."""
+    own = [saved for saved in steps(directory) if saved <= step and _is_own(_path(directory, saved), origin)]
+    kept = {step, *(keep(own) if callable(keep) else own[-keep:])}
+    for old in own:
+        if old not in kept:
+            _remove(_path(directory, old))
 
 
 def _is_own(path: Path, origin: Origin) -> bool:

@@ -54,11 +54,19 @@ class Timer:
         return measured
 
 
-def keep(last: int = 2, every: int | None = None, scores: Mapping[int, float] | None = None) -> Keep:
+def keep(
+    last: int = 2,
+    every: int | None = None,
+    scores: Mapping[int, float] | None = None,
+    due: Callable[[int], bool] = lambda step: True,
+) -> Keep:
     """Returns a function from the steps of all checkpoints to those to keep.
 
     These are the `last` ones; the first one from each multiple of `every` steps on, before the next multiple; and the one with
     the highest of the `scores` (step -> score), the earliest of several. `scores` may grow while training goes on.
+
+    Only steps for which `due` returns True count, so that a stop, which writes one at any step, changes nothing in the end.
+    While fewer than `last` are there, the latest of all stay.
 
     >>> sorted(keep(last=2, every=100)([30, 90, 110, 140, 260, 280, 290]))
     [110, 260, 280, 290]
@@ -67,15 +75,16 @@ def keep(last: int = 2, every: int | None = None, scores: Mapping[int, float] | 
     """
 
     def kept(steps: Sequence[int]) -> set[int]:
-        result = set(steps[-last:])
+        counted = [step for step in steps if due(step)]
+        result = set(counted[-last:] if len(counted) >= last else steps[-last:])
         if every is not None:
             first_of_each: dict[int, int] = {}
-            for step in steps:
+            for step in counted:
                 if step >= every:
                     first_of_each.setdefault(step // every, step)
             result |= set(first_of_each.values())
         known = dict(scores or {})
-        scored = [step for step in steps if step in known and known[step] == known[step]]  # NaN is no score
+        scored = [step for step in counted if step in known and known[step] == known[step]]  # NaN is no score
         if scored:
             result.add(max(scored, key=lambda step: (known[step], -step)))
         return result

@@ -65,3 +65,35 @@ def test_checkpoints_that_are_to_be_kept_stay_and_others_go(tmp_path: Path) -> N
     assert checkpoint.steps(tmp_path / "c") == [3, 4, 8, 10, 11]
     checkpoint.save(tmp_path / "c", 12, {"w": np.full(2, 12)}, names, keep=lambda steps: [])
     assert checkpoint.steps(tmp_path / "c") == [12]
+
+
+def test_a_checkpoint_of_a_stop_takes_no_other_ones_place(tmp_path: Path) -> None:
+    """A run that was stopped and resumed ends with the checkpoints of one that was not."""
+    scores = {10: 0.5, 17: 0.9, 20: 0.6, 30: 0.4, 40: 0.3}
+    kept = keep(last=1, every=15, scores=scores, due=lambda step: step % 10 == 0)
+
+    def save(step: int, folder: str) -> list[int]:
+        checkpoint.save(tmp_path / folder, step, {"w": np.full(2, step)}, {"w": "weight"}, keep=kept)
+        return checkpoint.steps(tmp_path / folder)
+
+    undisturbed = [save(step, "a") for step in (10, 20, 30, 40)]
+    stopped = [save(step, "b") for step in (10, 17, 20, 30, 33, 40)]
+    assert undisturbed[-1] == stopped[-1] == [20, 30, 40]
+    assert stopped[1] == [10, 17]
+
+
+def test_until_enough_checkpoints_are_due_those_of_stops_stay() -> None:
+    kept = keep(last=2, due=lambda step: step == 100)
+    assert kept([10, 20, 30]) == {20, 30}
+    assert kept([20, 30, 100]) == {30, 100}
+
+
+def test_the_last_checkpoint_replaces_the_best_one_before_it_once_its_score_is_known(tmp_path: Path) -> None:
+    scores: dict[int, float] = {}
+    kept = keep(last=1, scores=scores)
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path / "c", step, {"w": np.full(2, step)}, {"w": "weight"}, keep=kept)
+        scores[step] = float(step)  # evaluated while the checkpoint is written, or after that
+    assert checkpoint.steps(tmp_path / "c") == [2, 3]
+    checkpoint.remove_others(tmp_path / "c", kept)
+    assert checkpoint.steps(tmp_path / "c") == [3]
