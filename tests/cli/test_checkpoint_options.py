@@ -5,12 +5,14 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from experiment_file import write_experiment
 
 from research.cli import resume, run
-from research.cli.checkpoints import Best, Cadence, parse_best, parse_cadence
+from research.cli.checkpoints import Best, Cadence, Scores, kept_checkpoints, parse_best, parse_cadence
 from research.cli.options import Options
 from research.core.state import InvalidArgument
 from research.training import checkpoint
@@ -72,6 +74,24 @@ def test_what_is_best() -> None:
         with pytest.raises(InvalidArgument) as error:
             Options(keep_best=text)
         assert str(error.value) == f"--keep-best {text}: expected a metric and min or max, such as val_loss:min."
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"checkpoint_every": 10}, {20, 21}),
+        ({"checkpoint_every": "2epochs"}, {16, 21}),
+        ({"checkpoint_every": "2epochs", "keep_best": "loss:min"}, {20, 21}),
+        ({"checkpoint_every": "30s"}, {19, 21}),
+        ({"checkpoint_every": 0}, {19, 21}),  # fewer are due than are to stay
+    ],
+)
+def test_the_checkpoint_of_a_stop_counts_only_where_checkpoints_are_due_by_the_clock(
+    options: dict[str, Any], kept: set[int]
+) -> None:
+    session: Any = SimpleNamespace(options=Options(**options), splits={"train": SimpleNamespace(steps_per_epoch=4)}, steps=21)
+    steps = [10, 16, 20, 21] if options["checkpoint_every"] not in ("30s", 0) else [10, 19, 21]
+    assert kept_checkpoints(session, Scores(None, []))(steps) == kept
 
 
 @pytest.fixture
