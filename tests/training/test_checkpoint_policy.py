@@ -10,7 +10,7 @@ from small_training import assert_same_weights, data, learner
 import research
 from research.data import prefetch
 from research.training import checkpoint
-from research.training.checkpoint_policy import keep
+from research.training.checkpoint_policy import Timer, keep
 from research.training.logs import LogEntry
 
 
@@ -97,3 +97,21 @@ def test_the_last_checkpoint_replaces_the_best_one_before_it_once_its_score_is_k
     assert checkpoint.steps(tmp_path / "c") == [2, 3]
     checkpoint.remove_others(tmp_path / "c", kept)
     assert checkpoint.steps(tmp_path / "c") == [3]
+
+
+def test_saves_that_are_due_by_the_clock_take_no_more_than_their_share_however_their_cost_varies() -> None:
+    """But for the last one, whose cost the time after it makes up for."""
+    rng, now, costs = np.random.default_rng(0), [0.0], list[float]()
+
+    def save(step: int, state: Any, logs: dict[str, Any]) -> None:
+        costs.append(float(rng.lognormal(0.0, 2.0)))
+        now[0] += costs[-1]
+
+    timer = Timer(60.0, share=0.01, clock=lambda: now[0])
+    hook = timer.timed(save)
+    for step in range(100_000):
+        now[0] += float(rng.exponential(5.0))
+        if timer.due():
+            hook(step, {}, {})
+            assert sum(costs[:-1]) <= 0.01 * (now[0] - costs[-1])
+    assert len(costs) > 100
