@@ -201,7 +201,7 @@ ADVICE = "correct it there, or continue the run with the code that wrote it."
         ("config", {"units": 3}, "units is 3; expected a list"),
         ("config", {"units": ["a"]}, "units is ['a']; expected a whole number"),
         ("config", {"units": {"a": 1}}, "units is {'a': 1}; expected a list"),
-        ("options", {"log": 3}, "there is no field 'log'; expected run_dir, "),
+        ("options", {"log": 3}, "there is no field 'log'; expected population, vary, run_dir, "),
         ("options", {"log_every": "often"}, "log_every is 'often'; expected a whole number"),
         ("options", {"log_every": 0}, "log_every is 0; expected a value in [1, 2147483647]"),
         ("options", {"checkpoint_every": -1}, "checkpoint_every is -1; expected a value in [0, 2147483647]"),

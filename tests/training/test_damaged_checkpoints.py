@@ -61,12 +61,18 @@ def swap(path: Path) -> None:
     other.write_bytes(first)
 
 
+def chosen(root: Path) -> list[Path]:
+    """Returns the files that are damaged. Of those with the data of arrays, whose number varies, it is the largest one."""
+    files = {file.name: file for file in root.rglob("*") if file.is_file()}
+    named = [files.pop(name) for name in (MANIFEST, "_METADATA", "manifest.ocdbt")]
+    return [*named, max(files.values(), key=lambda file: (file.stat().st_size, file.name))]
+
+
 def take_that_of_the_one_before(path: Path) -> None:
     """Takes the file of the same name, or of the same place in the order of names, from the checkpoint before."""
     root = next(parent for parent in path.parents if parent.name.isdigit())
     older = root.with_name(f"{3:09d}")
-    position = sorted(file for file in root.rglob("*") if file.is_file()).index(path)
-    shutil.copyfile(sorted(file for file in older.rglob("*") if file.is_file())[position], path)
+    shutil.copyfile(chosen(older)[chosen(root).index(path)], path)
 
 
 OF_A_FILE: dict[str, Damage] = {
@@ -154,7 +160,7 @@ OF_ALL: dict[str, Damage] = {
 
 def damages(path: Path) -> Iterator[tuple[str, str, Damage]]:
     """Yields kind, name and function of each damage to a checkpoint like this one."""
-    for file in sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file()):
+    for file in (file.relative_to(path) for file in chosen(path)):
         kind = "manifest.json" if file.name == MANIFEST else "_METADATA" if file.name == "_METADATA" else "a file of arrays"
         for name, damage in OF_A_FILE.items():
             yield kind, f"{file.name}: {name}", lambda root, file=file, damage=damage: damage(root / file)
