@@ -92,7 +92,7 @@ def add_noise(learner: research.Learner, seed: int) -> research.Learner:
 OF_OBJECTIVES = {"remat": transforms.remat}
 OF_GRADIENTS = {
     "accumulate": partial(transforms.accumulate, parts=2),
-    "clip": partial(transforms.clip, max_norm=0.5),
+    "clip": partial(transforms.clip, max_norm=0.1),
     "clip_per_example": partial(transforms.clip_per_example, max_norm=0.5),
 }
 OF_LEARNERS = {
