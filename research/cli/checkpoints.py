@@ -14,7 +14,7 @@ from research.reporting import record
 from research.training.checkpoint_policy import Keep, Timer, keep
 from research.training.logs import LogEntry
 from research.training.loop import Every, Hook
-from research.transforms.population import EACH
+from research.transforms.population import MEMBERS_SUFFIX
 
 if TYPE_CHECKING:
     from research.cli.training import Session
@@ -163,7 +163,7 @@ def check_best(best: Best | None, learner: Learner, state: Any, splits: dict[str
         _, logs = jax.eval_shape(learner.train if split == "train" else learner.evaluate, state, splits[split].shapes)
         prefix = "" if split == "train" else f"{split}_"
         for name, log in logs.items():
-            if name.endswith(EACH):  # of a population the mean counts
+            if name.endswith(MEMBERS_SUFFIX):  # of a population the mean counts
                 continue
             known += [f"{prefix}{name}"] if not log.shape else [f"{prefix}{name}_{i}" for i in range(log.size)]
     if best.metric not in known:

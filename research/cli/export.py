@@ -86,7 +86,11 @@ def _take_member(
     if run.experiment.member is None:
         raise InvalidArgument(f"--member {number}: {run.directory} is not a run of a population; leave the option out.")
     of_population = record.Run(run.directory, run.experiment.name, {})
-    index = members.best(of_population, run.options.keep_best, restored.step) if number == "best" else int(number)
+    index = (
+        members.best(of_population, run.options.keep_best, run.config.population, restored.step)
+        if number == "best"
+        else int(number)
+    )
     if index >= run.config.population:
         raise InvalidArgument(f"--member {number}: the population has members 0 to {run.config.population - 1}.")
     experiment, config, state = members.take(run.experiment, run.config, restored.state, index)

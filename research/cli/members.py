@@ -27,8 +27,9 @@ from research.data import Batches, side_by_side
 from research.reporting import record
 from research.reporting.members import Ranking, members_summary, rank_members
 from research.training.bad_steps import Watch
+from research.training.logs import LogEntry
 from research.transforms import member, population
-from research.transforms.population import EACH
+from research.transforms.population import MEMBERS_SUFFIX
 
 LENGTH = ("epochs", "steps")  # all members train for as many steps
 MAX_MEMBERS = 10_000
@@ -122,22 +123,27 @@ def take(experiment: Experiment, config: Any, state: Any, index: int) -> tuple[E
     )
 
 
-def recorded_ranking(run: record.Run, keep_best: str | None, step: int | None = None) -> Ranking | None:
-    """Returns the ranking by the logs up to a step, by the metric of `--keep-best`, or else by the default one."""
-    best = parse_best(keep_best)
+def recorded_entries(run: record.Run, size: int, step: int | None = None) -> list[LogEntry]:
+    """Returns the logs of a run up to a step, without lists that are not of `size` members: the file may be damaged."""
     entries = [entry for entry in record.read_entries(run) if step is None or entry.step <= step]
+    return [entry._replace(members={k: each for k, each in entry.members.items() if len(each) == size}) for entry in entries]
+
+
+def rank(entries: Sequence[LogEntry], keep_best: str | None) -> Ranking | None:
+    """Returns the ranking of members by their logs, by the metric of `--keep-best`, or else by the default one."""
+    best = parse_best(keep_best)
     return rank_members(entries) if best is None else rank_members(entries, *best)
 
 
-def best(run: record.Run, keep_best: str | None, step: int | None = None) -> int:
+def best(run: record.Run, keep_best: str | None, size: int, step: int | None = None) -> int:
     """Returns the number of the best member by the logs of a run up to a step; 0 if there are none."""
-    ranking = recorded_ranking(run, keep_best, step)
+    ranking = rank(recorded_entries(run, size, step), keep_best)
     return 0 if ranking is None else ranking.order[0]
 
 
-def describe_best(run: record.Run, keep_best: str | None) -> str:
+def describe_best(run: record.Run, keep_best: str | None, size: int) -> str:
     """Returns one line about the best member of a finished run."""
-    ranking = recorded_ranking(run, keep_best)
+    ranking = rank(recorded_entries(run, size), keep_best)
     if ranking is None:
         return "no member has logs; models, pictures and results are those of member 0"
     return f"models, pictures and results are those of member {ranking.order[0]}, the best by {ranking.describe()}"
@@ -148,7 +154,8 @@ def summary(
 ) -> dict[str, Any]:
     """Returns what summary.json holds of the members of a population; `results` are those of the best one."""
     assert experiment.member is not None
-    entries, ranking = record.read_entries(run), recorded_ranking(run, keep_best)
+    entries = recorded_entries(run, config.population)
+    ranking = rank(entries, keep_best)
     values = member_values(config, annotations(experiment.member.module.Config))
     members = members_summary(values, entries, ranking)
     members[0 if ranking is None else ranking.order[0]]["metrics"].update(results)
@@ -164,9 +171,8 @@ def watch_finite(watch: Watch) -> Watch:
     """
 
     def means(logs: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: value if f"{name}{EACH}" not in logs else _finite_mean(logs[f"{name}{EACH}"]) for name, value in logs.items()
-        }
+        of_members = {name: logs.get(f"{name}{MEMBERS_SUFFIX}") for name in logs}
+        return {name: value if of_members[name] is None else _finite_mean(of_members[name]) for name, value in logs.items()}
 
     return lambda first, steps, logs, all_logs: watch(first, steps, means(logs), all_logs and means(all_logs))
 

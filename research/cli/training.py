@@ -72,7 +72,7 @@ class Session(NamedTuple):
         state = processes.to_host(state)
         if self.experiment.member is None:
             return self.config, self.placed.local_learner, state, self.placed.local_splits
-        index = processes.broadcast_from_first(lambda: members.best(self.run, self.options.keep_best))
+        index = processes.broadcast_from_first(lambda: members.best(self.run, self.options.keep_best, self.config.population))
         experiment, config, state = members.take(self.experiment, self.config, state, index)
         return config, experiment.module.build(config), state, experiment.module.data(config)
 
@@ -178,7 +178,7 @@ def run_session(session: Session) -> int:
         page = write_report(session.run)
     metrics = recorder.summary["metrics"]
     if session.experiment.member is not None and processes.is_first():
-        print(members.describe_best(session.run, session.options.keep_best))
+        print(members.describe_best(session.run, session.options.keep_best, session.config.population))
     values = {name: value for name, value in metrics.items() if name.endswith("accuracy") or name in results}
     values = progress.shown(values or metrics)
     print(f"{_speed(session, recorder.summary)}{'  '.join(f'{name} {value:.4g}' for name, value in values.items())}\n{page}")

@@ -4,8 +4,8 @@ import difflib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax  # noqa: F401  (for the examples in docstrings)
-import jax.numpy as jnp  # noqa: F401
+import jax
+import jax.numpy as jnp  # noqa: F401  (for the examples in docstrings)
 import keras
 import optax
 from jaxtyping import PyTree
@@ -165,6 +165,19 @@ def from_objective(
         names=names(),
         state_mapping=state_mapping,
     )
+
+
+def prediction_shapes(learner: Learner, state: Any, batch: Any) -> PyTree | None:
+    """Returns the shapes of a learner's predictions for a training batch; None if `predict` takes others, as a GAN's latents.
+
+    >>> double = Learner(list, list, lambda s, b: (s, {}), lambda s, b: (s, {}), lambda state, batch: 2 * batch["x"], [])
+    >>> prediction_shapes(double, [], {"x": jnp.ones(3)}).shape, prediction_shapes(double, [], {"y": jnp.ones(3)})
+    ((3,), None)
+    """
+    try:
+        return jax.eval_shape(learner.predict, state, batch)
+    except Exception:  # code of the user's raises what it likes for a batch that it does not expect
+        return None
 
 
 def check_transforms(function: str, objective_transform: Any, gradient_transform: Any) -> None:

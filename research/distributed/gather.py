@@ -16,6 +16,7 @@ from jaxtyping import PyTree
 from research.transforms.jaxpr import (
     bind_checkpoint,
     bind_equation,
+    bind_scan,
     called_program,
     interpret,
     is_checkpoint,
@@ -140,13 +141,8 @@ def _scan(equation: Any, operands: list[Any], shardings: list[AtUse]) -> tuple[l
     sliced = [use if use is None else NamedSharding(use.mesh, P(*use.spec[1:])) for use in shardings[xs_start:]]
     body_shardings = [*shardings[:xs_start], *sliced]
 
-    def body(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
-        outputs, _ = _evaluate(loop.body, [*operands[:num_consts], *carry, *x], body_shardings)
-        return outputs[:num_carry], outputs[num_carry:]
-
-    options = {"length": loop.length, "reverse": loop.reverse, "unroll": loop.unroll}
-    carry, outputs = jax.lax.scan(body, operands[num_consts:xs_start], operands[xs_start:], **options)
-    return [*carry, *outputs], [*shardings[num_consts:xs_start], *[None] * len(outputs)]
+    results = bind_scan(loop, lambda *args: _evaluate(loop.body, args, body_shardings)[0], operands)
+    return results, [*shardings[num_consts:xs_start], *[None] * (len(results) - num_carry)]
 
 
 _HIGHER_ORDER = ((is_plain_call, _call), (is_checkpoint, _checkpoint), (scan, _scan))

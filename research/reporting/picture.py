@@ -258,13 +258,15 @@ def _plot_members(axes: "Axes", logs: Sequence[LogEntry], name: str, colour: str
     The band reaches 1.96 standard errors of the mean to each side. Both are those of the members with a finite value.
     """
     steps = [entry.step for entry in logs if name in entry.members]
-    values = np.array([entry.members[name] for entry in logs if name in entry.members], float)
+    lists = [entry.members[name] for entry in logs if name in entry.members]
+    # A damaged log may have fewer values.
+    values = np.array(list(itertools.zip_longest(*lists, fillvalue=math.nan)), float).reshape(-1, len(lists)).T
     values[~(np.abs(values) <= MAX_VALUE)] = math.nan
     count = np.isfinite(values).sum(1)
     mean = np.nansum(values, 1) / np.where(count, count, math.nan)
     variance = np.nansum((values - mean[:, None]) ** 2, 1) / np.where(count > 1, count - 1, math.nan)
     error = 1.96 * np.sqrt(variance / np.where(count, count, math.nan))
-    alpha = max(0.08, min(0.5, 3 / values.shape[1]))
+    alpha = max(0.08, min(0.5, 3 / max(1, values.shape[1])))
     axes.plot(steps, values, color=colour, linewidth=0.6, alpha=alpha, gid=MEMBER)
     axes.fill_between(steps, mean - error, mean + error, color=colour, alpha=0.25, linewidth=0)
     return [LogEntry(step, 0, "", {name: value}) for step, value in zip(steps, mean.tolist(), strict=True)]

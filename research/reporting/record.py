@@ -20,7 +20,7 @@ from research.core.state import InvalidArgument
 from research.reporting import environment, run_files
 from research.reporting.run_files import Report, ignore
 from research.training.logs import LogEntry
-from research.transforms.population import EACH
+from research.transforms.population import MEMBERS_SUFFIX
 
 if TYPE_CHECKING:  # matplotlib is slow to import: only functions that draw do it
     from matplotlib.figure import Figure
@@ -382,7 +382,7 @@ def new_directory(experiment: str, root: Path) -> Path:
 
 def _line(entry: LogEntry) -> str:
     """Returns an entry as a line of `metrics.jsonl`: the values of a population's members follow their means."""
-    values = {**entry.values, **{f"{name}{EACH}": each for name, each in entry.members.items()}}
+    values = {**entry.values, **{f"{name}{MEMBERS_SUFFIX}": each for name, each in entry.members.items()}}
     return json.dumps(_strict({"step": entry.step, "epoch": entry.epoch, "split": entry.split, "values": values})) + "\n"
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from research.core.state import InvalidArgument
 from research.training.logs import LogEntry
-from research.transforms.population import EACH
+from research.transforms.population import MEMBERS_SUFFIX
 
 FILES = ("versions.json", "code.json", "source.diff", "metrics.jsonl", "performance.jsonl", "summary.json", "report.html")
 PERFORMANCE = "performance.jsonl"
@@ -334,10 +334,10 @@ def _entry(line: bytes) -> LogEntry:
     contents = _object(line)
     step, epoch = _count(contents, "step"), _count(contents, "epoch")
     values = _checked(contents, "values", dict)
-    lists = {name: value for name, value in values.items() if name.endswith(EACH) and isinstance(value, list)}
+    lists = {name: value for name, value in values.items() if name.endswith(MEMBERS_SUFFIX) and isinstance(value, list)}
     floats = _floats({name: value for name, value in values.items() if name not in lists}, "values")
     members = {
-        name.removesuffix(EACH): list(_floats({str(i): v for i, v in enumerate(each)}, name).values())
+        name.removesuffix(MEMBERS_SUFFIX): list(_floats({str(i): v for i, v in enumerate(each)}, name).values())
         for name, each in lists.items()
     }
     return LogEntry(step, epoch, _checked(contents, "split", str), floats, members)

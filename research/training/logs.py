@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from research.transforms.population import EACH
+from research.transforms.population import MEMBERS_SUFFIX
 
 
 class LogEntry(NamedTuple):
@@ -138,11 +138,13 @@ def log_entry(step: int, epoch: int, split: str, logs: dict[str, Any]) -> LogEnt
     """
     members: dict[str, list[float]] = {}
     for name, value in logs.items():
-        if name.endswith(EACH) and isinstance(value, list):
-            columns = elements({name.removesuffix(EACH): value[0]} if value else {})
+        if name.endswith(MEMBERS_SUFFIX) and isinstance(value, list):
+            columns = elements({name.removesuffix(MEMBERS_SUFFIX): value[0]} if value else {})
             rows = np.reshape(value, (len(value), -1)).T.tolist()
             members.update(zip(columns, rows, strict=True))
-    return LogEntry(step, epoch, split, elements({name: v for name, v in logs.items() if not name.endswith(EACH)}), members)
+    return LogEntry(
+        step, epoch, split, elements({name: v for name, v in logs.items() if not name.endswith(MEMBERS_SUFFIX)}), members
+    )
 
 
 def elements(values: dict[str, Any]) -> dict[str, float]:

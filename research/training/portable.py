@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from research.core.learner import Learner
+from research.core.learner import Learner, prediction_shapes
 from research.core.state import InvalidArgument
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -148,12 +148,9 @@ def _write(learner: Learner, state: Any, batches: Sequence[PyTree], partial: Pat
 
 
 def _predictions(learner: Learner, state: Any, batch: PyTree) -> list[dict[str, Any]]:
-    """Returns names, shapes and dtypes of a batch's predictions; none if `predict` takes other batches, as a GAN's latents."""
-    try:
-        outputs = jax.eval_shape(learner.predict, state, batch)
-    except Exception:
-        return []
-    return _describe(_paths(outputs), jax.tree.leaves(outputs))
+    """Returns names, shapes and dtypes of a batch's predictions; none if `predict` takes other batches."""
+    outputs = prediction_shapes(learner, state, batch)
+    return [] if outputs is None else _describe(_paths(outputs), jax.tree.leaves(outputs))
 
 
 def _functions(learner: Learner, state: Any, batch: Any) -> dict[str, Callable[..., Any]]:

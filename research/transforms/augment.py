@@ -22,7 +22,7 @@ from research.core.state import (
     num_rows,
     scope_mapping,
 )
-from research.transforms.from_loss import check_variables
+from research.transforms.from_loss import check_variables, variables_of
 
 
 class AugmentedState(NamedTuple):
@@ -146,6 +146,5 @@ def _variables(objects: Sequence[Any]) -> list[keras.Variable]:
             item, (keras.Layer, keras.random.SeedGenerator, keras.Variable), "augment: an entry of models",
             "a layer, a keras.random.SeedGenerator or a keras.Variable",
         )  # fmt: skip
-        seed = isinstance(item, keras.random.SeedGenerator)
-        found += [item.state] if seed else [item] if isinstance(item, keras.Variable) else item.variables
+        found += variables_of(item)
     return list({id(variable): variable for variable in found}.values())

@@ -11,7 +11,7 @@ from jaxtyping import Array
 from research.core.learner import Learner
 from research.core.metrics import Logs
 from research.core.state import InvalidArgument, check_type
-from research.transforms.population import EACH, PopulationState, population_size, take_members
+from research.transforms.population import MEMBERS_SUFFIX, PopulationState, population_size, take_members
 
 
 class EvolvingState(NamedTuple):
@@ -93,12 +93,12 @@ def evolve(
 
     def train(state: EvolvingState, batch: Any) -> tuple[EvolvingState, Logs]:
         after, logs = learner.train(state.population, batch)
-        if f"{metric}{EACH}" not in logs:
-            known = ", ".join(sorted(name for name in logs if not name.endswith(EACH)))
+        if f"{metric}{MEMBERS_SUFFIX}" not in logs:
+            known = ", ".join(sorted(name for name in logs if not name.endswith(MEMBERS_SUFFIX)))
             raise InvalidArgument(f"evolve: there is no metric {metric!r}, expected one of {known}.")
         steps = state.steps + 1
         key, now = jax.random.split(jax.random.wrap_key_data(state.key))
-        arguments = (after, logs[f"{metric}{EACH}"], jax.random.key_data(now))
+        arguments = (after, logs[f"{metric}{MEMBERS_SUFFIX}"], jax.random.key_data(now))
         after = jax.lax.cond(steps % every == 0, exploit, lambda state, *_: state, *arguments)
         return EvolvingState(after, jax.random.key_data(key), steps), logs
 

@@ -247,11 +247,20 @@ def _objective(loss_function: LossFunction, objects: _Objects) -> Objective:
     return objective
 
 
+def variables_of(item: Any) -> list[keras.Variable]:
+    """Returns the variables of a layer, a metric, a seed generator, or a variable itself.
+
+    >>> [variable.shape for variable in variables_of(keras.random.SeedGenerator(0))]
+    [(2,)]
+    """
+    if isinstance(item, keras.random.SeedGenerator):
+        return [item.state]
+    return [item] if isinstance(item, keras.Variable) else list(item.variables)
+
+
 def _warn_unused(objects: Sequence[Any], used: set[int]) -> None:
     for item in objects:
-        seed = isinstance(item, keras.random.SeedGenerator)
-        variables = [item.state] if seed else [item] if isinstance(item, keras.Variable) else item.variables
-        if not any(id(variable) in used for variable in variables):
+        if not any(id(variable) in used for variable in variables_of(item)):
             name = f"{type(item).__name__} {item.name!r}"
             warnings.warn(f"learner: {name} is in `models`, but the loss never uses it: it is not trained.", stacklevel=3)
 

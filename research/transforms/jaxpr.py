@@ -244,12 +244,21 @@ def bind_with(equation: Any, operands: Sequence[Any], apply: Callable[[Any, list
         branches = [functools.partial(_call_with, branch, apply) for branch in inner_programs(equation)]
         return list(jax.lax.switch(operands[0], branches, *operands[1:]))
     loop = scan(equation)
-    if loop is None:
-        return None
+    return None if loop is None else bind_scan(loop, functools.partial(_call_with, loop.body, apply), operands)
+
+
+def bind_scan(loop: Scan, function: Callable[..., Sequence[Any]], operands: Sequence[Any]) -> list[Any]:
+    """Returns the results of a loop whose body is another function, of the operands of the loop's own body, one by one.
+
+    >>> program = jax.make_jaxpr(lambda xs: jax.lax.scan(lambda total, x: (total + x, x), 0.0, xs)[0])(jnp.ones(2))
+    >>> loop = scan(own_equations(program)[-1])
+    >>> float(bind_scan(loop, lambda total, x: [total + 2 * x, x], [jnp.zeros(()), jnp.ones(2)])[0])
+    4.0
+    """
     consts, start = operands[: loop.num_consts], loop.num_consts + loop.num_carry
 
     def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-        results = interpret(loop.body, [*consts, *carry, *xs], apply)
+        results = list(function(*consts, *carry, *xs))
         return results[: loop.num_carry], results[loop.num_carry :]
 
     options: dict[str, Any] = {"length": loop.length, "reverse": loop.reverse, "unroll": loop.unroll}

@@ -23,7 +23,7 @@ from research.transforms.jaxpr import (
     is_plain_call,
     parameters,
 )
-from research.transforms.population import EACH, PopulationState
+from research.transforms.population import MEMBERS_SUFFIX, PopulationState
 
 Scope = tuple[str, ...]  # names of the learners that a joint learner is in, from the outermost
 Tagged = dict[tuple[Scope, str], Any]  # values by scope and tag
@@ -219,7 +219,7 @@ def _of_members(function: Observe, observation: Observation) -> dict[str, Array]
         return _checked(function(Observation(weights, updates, gradients, rate, names)))
 
     each = jax.vmap(of_one)(weights, updates, gradients, rate)
-    return {name: jnp.mean(value, 0) for name, value in each.items()} | {f"{name}{EACH}": v for name, v in each.items()}
+    return {name: jnp.mean(value, 0) for name, value in each.items()} | {f"{name}{MEMBERS_SUFFIX}": v for name, v in each.items()}
 
 
 def _without_prefix(names: PyTree, scope: Scope) -> PyTree:

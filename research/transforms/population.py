@@ -10,12 +10,12 @@ import keras  # noqa: F401  (for the example in a docstring)
 import numpy as np
 from jaxtyping import PyTree
 
-from research.core.learner import Learner
+from research.core.learner import Learner, prediction_shapes
 from research.core.metrics import Logs, as_shapes
 from research.core.state import InvalidArgument, check_type, num_rows
 from research.transforms.merge import Different, Merged, merge
 
-EACH = "_of_members"  # follows the name of a log: the values of all members, where the name alone has their mean
+MEMBERS_SUFFIX = "_of_members"  # follows the name of a log: the values of all members, where the name alone has their mean
 
 
 class PopulationState(NamedTuple):
@@ -100,7 +100,7 @@ def population(
     def step(name: str, state: PopulationState, batch: Any) -> tuple[PopulationState, Logs]:
         after, logs = call(name, state, batch)
         means = {key: jnp.mean(value.astype(jnp.float32), 0) for key, value in logs.items()}
-        return state._replace(members=after), means | {f"{key}{EACH}": value for key, value in logs.items()}
+        return state._replace(members=after), means | {f"{key}{MEMBERS_SUFFIX}": value for key, value in logs.items()}
 
     def predict(state: PopulationState, batch: Any) -> PyTree:
         return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), call("predict", state, batch))
@@ -175,16 +175,9 @@ class _Programs:
             if jax.tree.flatten(jax.eval_shape(each.init)) != jax.tree.flatten(self.state):
                 raise self.different("states", index, "their structure or shapes")
         self.known: dict[Any, Merged] = {}
-        names = ("train", "evaluate", "predict") if self.predicts(example) else ("train", "evaluate")
+        predicts = prediction_shapes(learners[0], self.state, example) is not None
+        names = ("train", "evaluate", "predict") if predicts else ("train", "evaluate")
         self.numbers = {"predict": [], **{name: self.merge(name, example).numbers for name in names}}
-
-    def predicts(self, example: Any) -> bool:
-        """Returns whether a member predicts from a training batch; another takes other batches, such as latents, or none."""
-        try:
-            jax.eval_shape(self.learners[0].predict, self.state, example)
-        except Exception:
-            return False
-        return True
 
     def merge(self, name: str, batch: Any) -> Merged:
         key = (name, jax.tree.structure(batch), *jax.tree.leaves(batch))

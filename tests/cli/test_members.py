@@ -1,6 +1,7 @@
 """`just run NAME --population 16 --vary ...`: members of one run have the numbers of runs alone."""
 
 import math
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from experiment_file import write_experiment
 
 import research
 from research.cli import export, members, resume, run
+from research.cli import report as report_command
 from research.cli.experiment import load_experiment
 from research.cli.runs import load_run
 from research.data import from_arrays, side_by_side
@@ -192,6 +194,17 @@ def test_ranges_are_spaced_evenly_and_end_at_their_bounds() -> None:
     assert (columns["c"], columns["d"], columns["e"]) == ([0, 1, 2, 2, 3], [1, None, 2, 3, 4], [7, 8, 9, 10, 11])
     config.population, config.vary = 1, "a=log:1e-4:0.1"
     assert members.member_values(config, types_of) == [{"a": 1e-4}]
+
+
+@pytest.mark.parametrize("values", ["[]", "[0.0, 1.0, -9.0]", "[1e999]"])
+def test_lists_of_another_number_of_members_are_left_out(folder: Path, tmp_path: Path, values: str, capfd: Any) -> None:
+    directory = shutil.copytree(folder / "many", tmp_path / "many")
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    lines[1:] = [re.sub(r'_of_members": \[[^]]*\]', f'_of_members": {values}', line) for line in lines[1:]]
+    (directory / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert report_command.main([str(directory)]) == 0
+    assert export.main([str(directory)]) == 0
+    assert re.search("member [01] of 2, ", capfd.readouterr().out)
 
 
 def test_the_file_of_logs_holds_those_of_members_as_strict_json(tmp_path: Path) -> None:
