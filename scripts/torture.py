@@ -70,6 +70,7 @@ def attempt(fault: Fault, trial: Trial) -> Outcome:
     if process.returncode == 0 and fault.ends:
         return Outcome(False, codes=codes)
     logged, trained, promised = last_logged_step(trial.directory), is_finished(trial.directory), promise(fault, trial)
+    phase = "start" if logged == 0 else "training" if logged < last_logged_step(trial.reference) else "end"
     error = fault.between(trial)
     if error:
         return Outcome(True, error, codes=codes)
@@ -84,7 +85,8 @@ def attempt(fault: Fault, trial: Trial) -> Outcome:
     resumed_from = json.loads((trial.directory / "summary.json").read_text())["resumed_from"] or 0
     differing = differences(trial.directory, trial.reference)
     lost = max(0, logged - resumed_from) if fault.ends and not trained else 0
-    outcome = Outcome(True, f"differing: {', '.join(differing)}" if differing else "", not differing, codes, lost, promised)
+    error = f"differing: {', '.join(differing)}" if differing else ""
+    outcome = Outcome(True, error, not differing, codes, lost, promised, phase, resumed_from)
     if outcome.lost_more and not differing:
         outcome = outcome._replace(error=f"{lost} steps were trained twice, expected at most {promised}")
     return outcome

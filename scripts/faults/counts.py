@@ -14,7 +14,9 @@ class Outcome(NamedTuple):
 
     `in_time` is whether the fault came before the run's end, `codes` are the exit codes, `lost` the steps trained twice,
     `promised` the most that may be, None where no number of steps is promised. `equal` is whether all results are those of the
-    undisturbed run; `error` is empty if they are, and no more was lost than promised.
+    undisturbed run; `error` is empty if they are, and no more was lost than promised. `phase` is when the fault came: at the
+    "start" (no step was logged), in "training", or at the "end" (the last step was). `resumed_from` is the step of the
+    checkpoint that the run went on from.
     """
 
     in_time: bool
@@ -23,6 +25,8 @@ class Outcome(NamedTuple):
     codes: tuple[int, ...] = ()
     lost: int = 0
     promised: int | None = None
+    phase: str = ""
+    resumed_from: int = 0
 
     @property
     def lost_more(self) -> bool:
@@ -107,11 +111,12 @@ def table(lines: Iterable[dict[str, Any]], what: dict[str, str]) -> str:
         key = (what.get(line["fault"], line["fault"]), describe_run(count_of(line)))
         rows.setdefault(key, []).extend([outcome_of(line)] * line["in_time"])
     text = [
-        "| fault | run | trials | equal | lost more than promised | most steps trained twice |",
-        "|---|---|---:|---:|---:|---:|",
+        "| fault | run | trials | in training | equal | lost more than promised | most steps trained twice |",
+        "|---|---|---:|---:|---:|---:|---:|",
     ]
     for (fault, run), each in sorted(rows.items(), key=lambda row: (list(what.values()) + [row[0][0]]).index(row[0][0])):
         equal, more = sum(outcome.equal for outcome in each), sum(outcome.lost_more for outcome in each)
         most = max((outcome.lost for outcome in each), default=0)
-        text.append(f"| {fault} | {run} | {len(each)} | {equal} | {more} | {most} |")
+        training = sum(outcome.phase == "training" for outcome in each)
+        text.append(f"| {fault} | {run} | {len(each)} | {training} | {equal} | {more} | {most} |")
     return "\n".join(text)

@@ -66,7 +66,7 @@ def test_an_interrupted_count_goes_on(
 def test_the_table_counts_what_failed(torture: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     count = torture.Count(tuple(RUN), 1, None, 0)
     outcomes = [
-        torture.Outcome(True, equal=True, lost=7, promised=40),
+        torture.Outcome(True, equal=True, lost=7, promised=40, phase="training", resumed_from=20),
         torture.Outcome(True, "41 steps were trained twice, expected at most 40", equal=True, lost=41, promised=40),
         torture.Outcome(True, "differing: metrics.jsonl", lost=2, promised=40),
         torture.Outcome(False, "the run ended ten times before the fault came"),
@@ -77,8 +77,8 @@ def test_the_table_counts_what_failed(torture: ModuleType, tmp_path: Path, capsy
     torture.append(files[1], count._replace(processes=2).line("term", 0, outcomes[0], 1.0))
     assert torture.main(["--table", *map(str, files)]) == 0
     assert capsys.readouterr().out.splitlines()[2:] == [
-        "| SIGKILL at a random moment | digits | 3 | 2 | 1 | 41 |",
-        "| SIGTERM at a random moment | digits, 2 processes x 4 devices | 1 | 1 | 0 | 7 |",
+        "| SIGKILL at a random moment | digits | 3 | 1 | 2 | 1 | 41 |",
+        "| SIGTERM at a random moment | digits, 2 processes x 4 devices | 1 | 1 | 1 | 0 | 7 |",
     ]
 
 
