@@ -128,12 +128,10 @@ def data(config: Config) -> dict[str, Batches]:
 
 def make_pairs(seed: int) -> dict[str, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
     """Returns inputs and targets of each split: every image with its own waves."""
-    from sklearn.datasets import load_digits
-
-    images, digits = load_digits(return_X_y=True)
+    images, digits = _data.read_digits()
     rng = np.random.default_rng(seed)
     order = np.repeat(rng.permutation(len(images)), WAVES)
-    images, digits = images[order].reshape(-1, 8, 8, 1), digits[order]
+    images, digits = images[order, ..., None], digits[order]
     n = len(order)
     frequency, amplitude = rng.integers(0, CLASSES, n), rng.uniform(*AMPLITUDES, n)
     phase, noise = rng.uniform(0, 1, n), rng.normal(0, NOISE, (n, STEPS, SENSORS))
@@ -145,7 +143,7 @@ def make_pairs(seed: int) -> dict[str, tuple[dict[str, np.ndarray], dict[str, np
     ink = (ink - ink.mean()) / ink.std()
     low, high = AMPLITUDES
     loudness = (amplitude - (low + high) / 2) / ((high - low) / np.sqrt(12))  # standardised: uniform on [low, high]
-    x = {"image": images.astype(np.uint8), "series": series.astype(np.float32)}
+    x = {"image": images, "series": series.astype(np.float32)}
     y = {"score": (ink * loudness)[:, None].astype(np.float32), "class": ((digits + frequency) % CLASSES).astype(np.int32)}
     stops = np.cumsum(list(SIZES.values()))
     rows = [slice(stop - size, stop) for stop, size in zip(stops, SIZES.values(), strict=True)]

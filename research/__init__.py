@@ -22,9 +22,11 @@ os.environ["KERAS_BACKEND"] = "jax"
 if os.path.basename("".join(sys.argv[:1])) == "research" or (
     sys.argv[:1] == ["-m"] and sys.orig_argv[sys.orig_argv.index("-m") :][1:2] == ["research"]
 ):
+    from research.cli.lazy_keras import import_lazily
     from research.cli.signals import exit_on_signal
 
     exit_on_signal()
+    import_lazily()
     try:
         import keras
     except Exception as error:

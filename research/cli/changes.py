@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from research.cli import lazy_keras
 from research.cli.arguments import print_error
 from research.cli.experiment import Experiment
 from research.cli.runs import checkpoint_origin
@@ -96,7 +97,9 @@ def _is_of(path: Path, origin: Origin) -> bool:
 def _imported(file: Path) -> Iterable[Path]:
     """Returns an experiment's file, and the files of its folder that were imported."""
     files = {file}
-    for module in list(sys.modules.values()):
+    for name, module in list(sys.modules.items()):
+        if name in lazy_keras.MODULES:  # to look at one is to load it
+            continue
         path = Path(getattr(module, "__file__", None) or "")
         if path.suffix == ".py" and path.is_relative_to(file.parent) and not path.is_relative_to(PACKAGE):
             parts = path.relative_to(file.parent).parts

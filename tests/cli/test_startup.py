@@ -93,3 +93,33 @@ def test_the_library_leaves_signals_alone() -> None:
     code = "import signal; before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT); import research; "
     code += "assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_command_loads_what_keras_has_of_sklearn_and_matplotlib_once_it_is_used() -> None:
+    code = """
+import sys
+sys.argv = ["research"]  # as the command that pip installs
+import research, keras
+loaded = {"sklearn", "matplotlib"} & set(sys.modules)
+assert not loaded, f"{loaded} loaded at the start"
+from sklearn.base import ClassifierMixin
+assert issubclass(keras.wrappers.SKLearnClassifier, ClassifierMixin)
+import numpy as np
+keras.visualization.plot_image_gallery(np.zeros((1, 4, 4, 3), "uint8"), rows=1, cols=1)
+assert "matplotlib.pyplot" in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_run_loads_matplotlib_after_what_training_needs_and_no_sklearn(tmp_path: Path) -> None:
+    start = [sys.executable, "-P", "-X", "importtime", "-m", "research", "run", "digits"]
+    run = subprocess.run([*start, "--steps", "1", "--run-dir", str(tmp_path / "run")], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-500:]
+    imported = [line.rpartition("|")[2].strip() for line in run.stderr.splitlines() if line.startswith("import time:")]
+    assert "sklearn" not in imported
+    assert imported.index("matplotlib") > imported.index("tensorboardX")
+
+
+def test_importing_research_elsewhere_changes_no_import() -> None:
+    assert "LazyFinder" not in [getattr(finder, "__name__", "") for finder in sys.meta_path]
