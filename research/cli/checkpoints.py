@@ -99,17 +99,21 @@ def checkpoint_hooks(
     return hooks + ([(steps_per_epoch, save)] if best else [])
 
 
-def kept_checkpoints(session: "Session", scores: "Scores") -> Keep:
-    """Returns which checkpoints a run keeps, as its options say. Those of a stop or a bad step count as none that are due."""
+def due_checkpoints(session: "Session") -> Callable[[int], bool]:
+    """Returns a function: is a run's checkpoint of this step one that its options ask for, not one of a stop or a bad step?
+
+    By the clock any step may be due.
+    """
     options, steps_per_epoch, total = session.options, session.splits["train"].steps_per_epoch, session.steps
     cadence = parse_cadence(options.checkpoint_every)
     periods = [cadence.steps if cadence.epochs is None else cadence.epochs * steps_per_epoch]
     periods += [steps_per_epoch] if options.keep_best else []
+    return lambda step: cadence.seconds is not None or step == total or any(step % period == 0 for period in periods if period)
 
-    def due(step: int) -> bool:
-        return cadence.seconds is not None or step == total or any(step % period == 0 for period in periods if period)
 
-    return keep(options.keep, options.keep_every, scores, due)
+def kept_checkpoints(session: "Session", scores: "Scores") -> Keep:
+    """Returns which checkpoints a run keeps, as its options say. Those of a stop or a bad step count as none that are due."""
+    return keep(session.options.keep, session.options.keep_every, scores, due_checkpoints(session))
 
 
 def once_a_step(*hooks: Hook) -> Hook:

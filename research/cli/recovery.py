@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from rich.console import Console
 
-from research.cli.checkpoints import kept_checkpoints, recorded_scores
+from research.cli.checkpoints import due_checkpoints, kept_checkpoints, recorded_scores
 from research.cli.errors import describe_error
 from research.cli.options import OnBadStep
 from research.cli.placement import place
@@ -87,11 +87,16 @@ def _analyse(session: "Session", step: int, before: Any) -> str:
     return f"; {found.describe()}; written to {directory}"
 
 
+def _rolled_back_to(session: "Session", past: History, step: int) -> int:
+    """Returns the step that a run is rolled back to: a stop, which leaves a checkpoint at any step, must not change that."""
+    return history.last_checkpoint(past, step - 1, due_checkpoints(session))
+
+
 def _decide(session: "Session", past: History, step: int, reason: str, action: OnBadStep | None, message: str) -> Decision:
     directory = session.run.checkpoints.parent
     made, limit = len(past.decisions), session.options.max_skips
     if action in ("skip", "rollback") and made < limit:
-        return Decision(step, step - 1 if action == "skip" else history.last_checkpoint(past, step - 1), reason)
+        return Decision(step, step - 1 if action == "skip" else _rolled_back_to(session, past, step), reason)
     option = "--on-nonfinite" if reason == NONFINITE else "--on-spike"
     why = f"{made} bad steps were skipped before (--max-skips {limit})" if made and action != "stop" else f"{option} {action}"
     raise InvalidArgument(

@@ -210,10 +210,10 @@ def _has_nan(state: PyTree) -> bool:
     return bool(jax.jit(lambda leaves: jnp.any(jnp.stack([jnp.any(jnp.isnan(leaf)) for leaf in leaves])))(arrays))
 
 
-def last_checkpoint(history: History, step: int) -> int:
-    """Returns the step of the newest intact checkpoint that leads to the state after `step` steps.
+def last_checkpoint(history: History, step: int, counts: Callable[[int], bool] = lambda step: True) -> int:
+    """Returns the step of the newest intact checkpoint that leads to the state after `step` steps, of those that count.
 
-    Without one that is the step of the last decision, or 0, the initial state.
+    `counts` is a function of a checkpoint's step. Without one that is the step of the last decision, or 0, the initial state.
 
     >>> last_checkpoint(History(None, None, Path("no/run"), lambda: jnp.zeros(()), jnp.zeros(())), 100)
     0
@@ -221,7 +221,7 @@ def last_checkpoint(history: History, step: int) -> int:
     earliest = max((each.step for each in history.decisions if each.step <= step), default=0)
 
     def find() -> int:
-        saved = (each for each in reversed(checkpoint.steps(history.checkpoints)) if earliest <= each <= step)
+        saved = (each for each in reversed(checkpoint.steps(history.checkpoints)) if earliest <= each <= step and counts(each))
         return next((each for each in saved if verify(_path(history, each), history.origin) is None), earliest)
 
     found: int = broadcast_from_first(find)

@@ -3,19 +3,24 @@
 import importlib
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from experiment_file import write_experiment
 
-from research.cli import resume, run
+from research.cli import recovery, resume, run
 from research.cli.checkpoints import Best, Cadence, Scores, kept_checkpoints, parse_best, parse_cadence
 from research.cli.options import Options
 from research.core.state import InvalidArgument
+from research.debugging.history import Decision, History
 from research.training import checkpoint
+from research.training.bad_steps import NONFINITE
+from research.training.logs import LogEntry
 
 
 @pytest.mark.parametrize(
@@ -94,6 +99,20 @@ def test_the_checkpoint_of_a_stop_counts_only_where_checkpoints_are_due_by_the_c
     assert kept_checkpoints(session, Scores(None, []))(steps) == kept
 
 
+@pytest.mark.parametrize(("every", "restored"), [(20, 20), (0, 0), ("30s", 27)])
+def test_a_run_is_rolled_back_to_a_checkpoint_that_was_due_not_to_that_of_a_stop(
+    every: int | str, restored: int, tmp_path: Path
+) -> None:
+    state, names = {"w": np.ones(2)}, {"w": "weight"}
+    for step in (20, 27):
+        checkpoint.save(tmp_path, step, state, names)
+    past = History(SimpleNamespace(names=names), None, tmp_path, lambda: state, state)
+    options = Options(checkpoint_every=every, on_nonfinite="rollback")
+    splits = {"train": SimpleNamespace(steps_per_epoch=100)}
+    session: Any = SimpleNamespace(options=options, splits=splits, steps=100, run=SimpleNamespace(checkpoints=tmp_path))
+    assert recovery._decide(session, past, 30, NONFINITE, "rollback", "") == Decision(30, restored, NONFINITE)
+
+
 @pytest.fixture
 def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The checkpoints of a run of mine.py with 4 steps in an epoch, in the current directory. Its loss on val data grows."""
@@ -127,6 +146,23 @@ def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 def test_a_run_keeps_the_checkpoints_that_its_options_say(options: list[str], kept: list[int], checkpoints: Path) -> None:
     assert run.main(["mine.py", "--epochs", "5", "--run-dir", "run", *options]) == 0
     assert checkpoint.steps(checkpoints) == kept
+
+
+@pytest.mark.slow
+def test_a_score_that_is_known_after_the_last_save_still_decides_what_stays(
+    checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = Scores.add
+
+    def add_after_save(scores: Scores, entry: LogEntry) -> None:
+        while entry.step == 20 and not (checkpoints / f"{20:09d}").exists():
+            time.sleep(0.01)
+        time.sleep(0.3 * (entry.step == 20))  # until the saving thread has removed what it found not to be the best
+        add(scores, entry)
+
+    monkeypatch.setattr(Scores, "add", add_after_save)
+    assert run.main(["mine.py", "--epochs", "5", "--run-dir", "run", "--keep", "1", "--keep-best", "val_loss:max"]) == 0
+    assert checkpoint.steps(checkpoints) == [20]
 
 
 @pytest.mark.slow
