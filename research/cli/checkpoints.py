@@ -100,7 +100,7 @@ def checkpoint_hooks(
 
 
 def due_checkpoints(session: "Session") -> Callable[[int], bool]:
-    """Returns a function: is a run's checkpoint of this step one that its options ask for, not one of a stop or a bad step?
+    """Returns a function: whether a run's options ask for a checkpoint of a step. One of a stop or a bad step is none of these.
 
     By the clock any step may be due.
     """

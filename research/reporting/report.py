@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from research.reporting import performance, picture, record, run_files
+from research.reporting.checkpoint_table import checkpoint_table
 from research.reporting.run_files import Report, ignore
+from research.training.logs import LogEntry
 
 SPLITS = {"train": "", "val": "val_", "test": "test_"}
 MAX_EPOCH_FIGURES = 8
@@ -59,6 +61,7 @@ def write_report(run: record.Run, report: Report = ignore) -> Path:
         _section("Figures", *(_figure(plots[name], name) for name in figures)),
         _section("Epochs", *_strips(_pictures(run.directory / "plots" / "epochs", report))),
         _section("Models", _columns(*(_figure(plots[name], name, "tall") for name in models))),
+        _section("Checkpoints", _checkpoints_table(run)),
         _section("Commands", _table([(purpose, f"<code>{html.escape(command)}</code>") for purpose, command in commands])),
         _columns(_section("Run", _facts(facts)), _section("Config", _facts(run.config))),
         _section("Environment", _facts(versions) if versions else ""),
@@ -66,6 +69,15 @@ def write_report(run: record.Run, report: Report = ignore) -> Path:
     path = run.directory / "report.html"
     record.write_text(path, _page(f"{run.experiment} · {run.directory.resolve().name}", [_status(summary.get("status")), *parts]))
     return path
+
+
+def _checkpoints_table(run: record.Run) -> str:
+    columns, rows = checkpoint_table(run.checkpoints, record.read_entries(run))
+    return (
+        _rows({step: step for step in rows}, columns, [[_format(value) for value in row] for row in rows.values()])
+        if rows
+        else ""
+    )
 
 
 def _members_section(summary: Mapping[str, Any]) -> str:
@@ -119,7 +131,8 @@ def write_comparison(runs: Sequence[record.Run], path: Path) -> Path:
     """
     by_label = dict(zip(_labels([run.directory for run in runs]), runs, strict=True))
     summaries = {label: record.read_run(run.directory)[1] for label, run in by_label.items()}
-    figure = picture.plot_comparison({label: record.read_entries(run) for label, run in by_label.items()})
+    entries = {label: record.read_entries(run) for label, run in by_label.items()}
+    figure = picture.plot_comparison(entries)
     swatches = {
         label: f'<i style="background:{colour}"></i>{_link(run.directory / "report.html", path.parent, label)}'
         for (label, run), colour in zip(by_label.items(), picture.COLOURS * len(by_label), strict=False)
@@ -130,7 +143,9 @@ def write_comparison(runs: Sequence[record.Run], path: Path) -> Path:
     facts = ("status", "steps", "epochs", "parameters", "steps_per_second", "seconds_to_first_step")
     metrics = {label: summary.get("metrics", {}) for label, summary in summaries.items()}
     parts = [
-        _section("Results", _comparison_table(swatches, metrics)),
+        _section(
+            "Results", _comparison_table(swatches, metrics, _prefixes(each for of_run in entries.values() for each in of_run))
+        ),
         _section(
             "Curves",
             _image(record.png_bytes(figure), "curves"),
@@ -212,7 +227,7 @@ def best_names(values: Mapping[str, float], direction: int) -> set[str]:
 def _metrics_table(run: record.Run, metrics: Mapping[str, Any]) -> str:
     """Returns a table of metrics by split, and a second one of results measured once at the end."""
     entries = record.read_entries(run)
-    splits = {**SPLITS, **{entry.split: f"{entry.split}_" for entry in entries if entry.split not in SPLITS}}
+    splits = _prefixes(entries)
     logged = {splits[entry.split] + name: name for entry in entries for name in entry.values}
     names = list(dict.fromkeys(logged[name] for name in metrics if name in logged and "/" not in name))  # not those of layers
     names.sort(key=lambda name: name != "loss")
@@ -222,14 +237,20 @@ def _metrics_table(run: record.Run, metrics: Mapping[str, Any]) -> str:
     return _columns(table, _facts(final) if final else "") or "<p>No metrics yet.</p>"
 
 
-def _comparison_table(swatches: Mapping[str, str], metrics: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns a table of runs by metrics, with the best values in bold."""
+def _prefixes(entries: Iterable[LogEntry]) -> dict[str, str]:
+    """Returns what the names of metrics begin with, by split: the usual splits, and those that were logged."""
+    return {**SPLITS, **{entry.split: f"{entry.split}_" for entry in entries if entry.split not in SPLITS}}
+
+
+def _comparison_table(swatches: Mapping[str, str], metrics: Mapping[str, Mapping[str, Any]], by_split: Mapping[str, str]) -> str:
+    """Returns a table of runs by metrics, in the order of the splits' prefixes, with the best values in bold."""
+    order = list(by_split.values())
+    longest_first = sorted(order, key=len, reverse=True)  # the last is "", which every name begins with
     prefixes = {
-        name: next((prefix for prefix in ("val_", "test_") if name.startswith(prefix)), "")
+        name: next(prefix for prefix in longest_first if name.startswith(prefix))
         for values in metrics.values()
         for name in values
     }
-    order = list(SPLITS.values())
     names = sorted(prefixes, key=lambda name: (order.index(prefixes[name]), name != f"{prefixes[name]}loss", name))
     best_labels = {}
     for name in names:

@@ -21,6 +21,7 @@ from research.cli import run
 from research.cli.experiment import Experiment
 from research.cli.options import Options
 from research.reporting import record, report
+from research.training import checkpoint
 from research.training.logs import LogEntry
 
 pytestmark = pytest.mark.slow
@@ -120,6 +121,30 @@ def test_pages_need_no_other_files_and_escape_html(tmp_path: Path) -> None:
         assert any("<script>alert(1)</script> & more" in cell for table in page.tables for row in table for cell in row)
         assert all(source.startswith("data:image/png;base64,") or (path.parent / source).exists() for source in page.sources)
         assert not re.search(r"https?:|url\(|@import", path.read_text())
+
+
+def test_a_comparison_keeps_the_metrics_of_each_split_together(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, {}, {"loss": 0.5, "odd": 1.0, "val_loss": 0.25}) for name in ("a", "b")]
+    for each in runs:
+        record.append_entry(each, LogEntry(3, 0, "val_long", {"accuracy": 0.5, "loss": 0.75}))
+        metrics = {"val_long_accuracy": 0.5, "val_loss": 0.25, "val_long_loss": 0.75, "odd": 1.0, "loss": 0.5}
+        record.write_summary(each, {"status": "finished", "steps": 3, "metrics": metrics})
+    titles = Page(report.write_comparison(runs, tmp_path / "all.html")).tables[0][0]
+    assert titles == ["", "loss ↓", "odd", "val_loss ↓", "val_long_loss ↓", "val_long_accuracy ↑"]
+
+
+def test_the_report_lists_the_checkpoints_that_are_left(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", {}, {"loss": 0.25, "accuracy": 0.75, "val_loss": 0.5})
+    assert "Checkpoints" not in report.write_report(run).read_text()
+    for step in (2, 3, 1234):
+        checkpoint.save(run.checkpoints, step, {"w": np.ones(1000, np.float32)}, {"w": "weight"}, keep=3)
+    (run.checkpoints / "000001234" / "manifest.json").write_text("{}")
+    (table,) = [table for table in Page(report.write_report(run)).tables if table and "written" in table[0]]
+    assert table[0] == ["", "written", "size", "loss", "val_loss"]
+    assert [[row[0], *row[3:]] for row in table[1:]] == [["2", "0.25", "0.5"], ["3", "0.25", "0.5"], ["1,234", "", ""]]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", table[1][1])
+    assert re.fullmatch(r"0\.0\d MB", table[1][2])
+    assert table[3][1:3] == ["", "damaged: its manifest.json has the wrong checksum"]
 
 
 @pytest.mark.parametrize("status", [None, "stopped", "failed"])
