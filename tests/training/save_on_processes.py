@@ -42,6 +42,15 @@ def main(address: str, process: str, directory: str) -> None:
         checkpoint.restore(path, state, names, Origin(run="another"))
     except research.InvalidArgument as error:
         sys.stdout.write(str(error))
+    with checkpoint.async_saver(Path(directory), names, keep=2, origin=Origin(run="mine")) as save_later:
+        for step in (2, 3):
+            save_later(step, {**state, "count": step}, {"loss": 0.5})
+    later = checkpoint.restore_latest(Path(directory), state, names, print, Origin(run="mine"))
+    assert later is not None
+    assert (later.step, later.state["count"]) == (3, 3)
+    assert checkpoint.steps(Path(directory)) == [2, 3]
+    shards = later.state["bfloat16"].addressable_shards
+    assert all((np.asarray(shard.data) == values[shard.index]).all() for shard in shards)
 
 
 if __name__ == "__main__":
