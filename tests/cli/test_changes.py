@@ -118,6 +118,24 @@ def test_a_run_without_a_code_file_is_one_of_an_earlier_version(directory: Path,
     assert capsys.readouterr().err == ""
 
 
+def test_a_run_as_version_0_1_wrote_it_goes_on(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = (directory / "metrics.jsonl").read_text()
+    (directory / "code.json").unlink()
+    config = strict((directory / "config.json").read_text())
+    names = ("log_every", "checkpoint_every", "mesh", "layout", "compiler_flags")
+    config["options"] = {name: config["options"][name] for name in names}
+    del config["id"]
+    (directory / "config.json").write_text(json.dumps(config))
+    for path in directory.glob("checkpoints/*/manifest.json"):
+        manifest = strict(path.read_text())
+        path.write_text(json.dumps({name: manifest[name] for name in ("step", "leaves", "logs", "files")}))
+    assert resume.main(["run"]) == 0
+    note = "was written by version 0.1: its step, logs and run can't be verified\n"
+    assert capsys.readouterr().err == f"checkpoint run/checkpoints/{6:09d} {note}"
+    assert resumed_from(directory) == 6
+    assert (directory / "metrics.jsonl").read_text() == metrics
+
+
 def test_a_config_that_was_edited_needs_permission_and_is_then_the_runs_own(
     directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
