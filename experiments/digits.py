@@ -7,11 +7,8 @@
 Expect val_accuracy >= 0.97 on the default data after the default 20 epochs, and test_accuracy >= 0.86 on Fashion-MNIST after 3.
 """
 
-import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import numpy as np
@@ -19,6 +16,7 @@ import numpy as np
 import research
 from experiments import _data, _plots
 from experiments._config import Fraction, Positive, TrainingOptions
+from experiments._images import CLASSES, DATA_SETS, Name, image_batches
 from research.cpu.sums import fast_sums
 from research.data import Batches
 
@@ -29,30 +27,12 @@ if TYPE_CHECKING:
 
     from research.reporting.tensorboard import Writer
 
-CLASSES = 10
-
-
-class DataSet(NamedTuple):
-    """Square grey images, with the numbers of examples in each split."""
-
-    sizes: dict[str, int]
-    side: int
-    max_pixel: int
-
-
-LARGE = DataSet({"train": 55000, "val": 5000, "test": 10000}, 28, 255)
-DATA_SETS = {
-    "sklearn": DataSet(_data.NUM_DIGITS, _data.SIDE, _data.MAX_PIXEL),
-    "mnist": LARGE,
-    "fashion_mnist": LARGE,
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainingOptions):
     """All options that change the numbers."""
 
-    data: Literal["sklearn", "mnist", "fashion_mnist"] = "sklearn"
+    data: Name = "sklearn"
     """The images: scikit-learn's 8x8 digits need no download, the others come through Keras."""
     model: Literal["mlp", "cnn"] = "mlp"
     """A dense layer of 512 relu units, or two convolutions."""
@@ -130,38 +110,7 @@ def build(config: Config) -> research.Learner:
 
 def data(config: Config) -> dict[str, Batches]:
     """Batches of `train`, `val` and `test`; `seed` decides which images are held out, unless the data has a test set."""
-    data_set = DATA_SETS[config.data]
-    image = jax.ShapeDtypeStruct((data_set.side, data_set.side), np.uint8)
-    example = research.Batch(image, jax.ShapeDtypeStruct((), np.int32))
-    load: dict[str, Callable[[], Any]] = {"sklearn": lambda: _data.load_digits(config.seed)}
-    return _data.lazy_splits(
-        load.get(config.data, lambda: load_from_keras(config)),
-        data_set.sizes,
-        lambda _: example,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        classes=CLASSES,
-        name=config.data,
-    )
-
-
-def load_from_keras(config: Config) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns images and labels of each split of a data set that Keras provides, from its cache or the network."""
-    try:
-        train_and_val, test = getattr(keras.datasets, config.data).load_data()
-    except Exception as error:  # Keras raises a bare Exception if a download fails
-        cache = Path(os.environ.get("KERAS_HOME", "~/.keras"), "datasets")
-        fashion = f"the four idx3/idx1-ubyte.gz files into {cache}/fashion-mnist/"
-        files = f"{cache}/mnist.npz" if config.data == "mnist" else fashion
-        raise research.InvalidArgument(
-            f"--data {config.data}: not in Keras' cache, and the download failed; put {files}, set KERAS_HOME to a folder whose "
-            "datasets/ has it, or use --data sklearn, which needs no download."
-        ) from error
-    x, y = train_and_val
-    order = np.random.default_rng(config.seed).permutation(len(x))
-    train, val = np.split(order, [DATA_SETS[config.data].sizes["train"]])
-    splits = {"train": (x[train], y[train]), "val": (x[val], y[val]), "test": test}
-    return {name: (images.astype(np.uint8), labels.astype(np.int32)) for name, (images, labels) in splits.items()}
+    return image_batches(config.data, batch_size=config.batch_size, seed=config.seed)
 
 
 def models(config: Config, state: research.State) -> dict[str, keras.Model]:
