@@ -15,7 +15,7 @@
 - `observe`: gradients, updates and weights of a step, and their norms as logs
 - `per_example`: the gradient of each example, clipped ones, the gradient noise scale
 - `population`: many members, other seeds and other numbers, as one program; `merge`: what their programs have in common
-- `private`: differentially private training, and its epsilon
+- `private`: differentially private training, its epsilon, and the noise for one
 - `remat`: parts of the forward pass, and of the steps of its loops, computed again in place of being stored
 - `skip_nonfinite`: training without the steps that would write a NaN or an infinity
 - `unroll`: several training steps as one function with derivatives of the weights, the data and the hyper-parameters
@@ -34,7 +34,7 @@ from research.transforms.joint import joint
 from research.transforms.observe import Observation, layer_norms, norms, observe
 from research.transforms.per_example import clip_per_example, gradient_noise_scale, per_example
 from research.transforms.population import PopulationState, member, population, population_size, take_members
-from research.transforms.private import epsilon, private
+from research.transforms.private import epsilon, noise_for, private
 from research.transforms.remat import remat, remat_loops
 from research.transforms.skip_nonfinite import SkippingState, skip_nonfinite
 from research.transforms.unroll import unroll
@@ -62,6 +62,7 @@ __all__ = [
     "joint",
     "layer_norms",
     "member",
+    "noise_for",
     "norms",
     "observe",
     "per_example",

@@ -60,20 +60,56 @@ def epsilon(*, noise: float | int, batch_size: int, examples: int, steps: int, d
     >>> round(epsilon(noise=1.1, batch_size=256, examples=60_000, steps=14_063, delta=1e-5), 2)
     2.6
     """
-    for name, value in (("noise", noise), ("batch_size", batch_size), ("examples", examples), ("steps", steps), ("delta", delta)):
-        check_positive(value, f"epsilon: {name}")
+    check_positive(noise, "epsilon: noise")
+    _check_sampling("epsilon", batch_size, examples, steps, delta)
+    accounting = _dp_accounting("epsilon")
+    steps_taken = _noisy_steps(accounting, noise, batch_size / examples, steps)
+    return float(accounting.rdp.RdpAccountant().compose(steps_taken).get_epsilon(delta))
+
+
+def noise_for(*, epsilon: float | int, batch_size: int, examples: int, steps: int, delta: float | int) -> float:
+    """Returns the least `noise` of `private` with which `steps` steps have at most this `epsilon`: the inverse of that function.
+
+    Raises `InvalidArgument` for arguments out of range.
+
+    >>> round(noise_for(epsilon=2.6, batch_size=256, examples=60_000, steps=14_063, delta=1e-5), 2)
+    1.1
+    """
+    check_positive(epsilon, "noise_for: epsilon")
+    _check_sampling("noise_for", batch_size, examples, steps, delta)
+    accounting = _dp_accounting("noise_for")
+    noise = accounting.calibrate_dp_mechanism(
+        accounting.rdp.RdpAccountant,
+        lambda noise: _noisy_steps(accounting, noise, batch_size / examples, steps),
+        epsilon,
+        delta,
+        accounting.LowerEndpointAndGuess(1e-3, 1.0),
+    )
+    return float(noise)
+
+
+def _check_sampling(function: str, batch_size: int, examples: int, steps: int, delta: float | int) -> None:
+    for name, value in (("batch_size", batch_size), ("examples", examples), ("steps", steps), ("delta", delta)):
+        check_positive(value, f"{function}: {name}")
     if batch_size > examples or delta >= 1:
         raise InvalidArgument(
-            f"epsilon: batch_size is {batch_size} of {examples} examples, delta {delta}; expected a batch_size of at most the "
+            f"{function}: batch_size is {batch_size} of {examples} examples, delta {delta}; expected a batch_size of at most the "
             "number of examples, and a delta below 1, such as 1 over the number of examples."
         )
+
+
+def _dp_accounting(function: str) -> Any:
     try:
         import dp_accounting
     except ImportError as error:
-        raise InvalidArgument("epsilon: it needs the package dp-accounting: pip install 'research[private]'.") from error
-    step = dp_accounting.PoissonSampledDpEvent(batch_size / examples, dp_accounting.GaussianDpEvent(noise))
-    accountant = dp_accounting.rdp.RdpAccountant().compose(step, steps)
-    return float(accountant.get_epsilon(delta))
+        raise InvalidArgument(f"{function}: it needs the package dp-accounting: pip install 'research[private]'.") from error
+    return dp_accounting
+
+
+def _noisy_steps(accounting: Any, noise: float | int, probability: float, steps: int) -> Any:
+    """Returns the event of the accountant that so many steps are, each with a batch of examples drawn with a probability."""
+    step = accounting.PoissonSampledDpEvent(probability, accounting.GaussianDpEvent(noise))
+    return accounting.SelfComposedDpEvent(step, steps)
 
 
 def _noisy(update: Update, deviation: float | int, batch_size: float | int, seed: int) -> Update:
