@@ -42,8 +42,8 @@ class Config(TrainingOptions):
     """Chance that privacy fails, below one over the number of examples."""
     max_norm: Positive = 0.1
     """Norm that each example's gradient is clipped to."""
-    learning_rate: Positive = 4.0
-    """Initial learning rate of SGD, which decays along half a cosine; without clipping gradients are larger, and it is a twentieth."""
+    learning_rate: Positive = 16.0
+    """Initial learning rate of SGD, which decays along half a cosine; a twentieth of it where no gradient is clipped."""
     epochs: CountOrZero = 30
     """Passes over the training data, on average: each example is in a batch by chance."""
     batch_size: Count = 256

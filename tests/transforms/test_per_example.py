@@ -15,7 +15,7 @@ from keras import layers
 import research
 from research.core.state import seed_of_part
 from research.data import from_arrays, poisson
-from research.transforms import accumulate, clip, clip_per_example, epsilon, gradient_noise_scale, per_example, private
+from research.transforms import accumulate, clip, clip_per_example, epsilon, gradient_noise_scale, noise_for, per_example, private
 
 RNG = np.random.default_rng(0)
 ROWS = 6
@@ -222,6 +222,13 @@ def test_poisson_batches_hold_each_example_with_the_same_probability() -> None:
 
 @pytest.mark.slow
 @pytest.mark.promotes
+@pytest.mark.parametrize("target", [0.5, 3.0, 20.0])
+def test_the_noise_for_an_epsilon_is_the_inverse(target: float) -> None:
+    sampling = {"batch_size": 256, "examples": 10_000, "steps": 500, "delta": 1e-5}
+    noise = noise_for(epsilon=target, **sampling)
+    assert epsilon(noise=noise, **sampling) == pytest.approx(target, rel=1e-3)
+
+
 def test_private_training_learns_and_its_batches_go_through_the_loop() -> None:
     x = RNG.normal(size=(512, 4)).astype("float32")
     y = (x[:, :1] > 0).astype("float32")
@@ -240,6 +247,10 @@ def test_private_training_learns_and_its_batches_go_through_the_loop() -> None:
         (lambda: clip(lambda s, b: (s, None), -1), "clip: max_norm is -1, expected a positive number."),
         (lambda: clip_per_example(lambda s, b: (s, None), 0), "clip_per_example: max_norm is 0, expected a positive number."),
         (lambda: private("sgd", max_norm=1, noise=0, batch_size=4), "private: noise is 0, expected a positive number."),
+        (
+            lambda: noise_for(epsilon=0, batch_size=2, examples=4, steps=1, delta=1e-5),
+            "noise_for: epsilon is 0, expected a positive number.",
+        ),
         (
             lambda: epsilon(noise=1, batch_size=9, examples=4, steps=1, delta=1e-5),
             "epsilon: batch_size is 9 of 4 examples, delta 1e-05; expected a batch_size of at most the number of examples, and a "
