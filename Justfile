@@ -102,7 +102,7 @@ test *args: _dev _peers _libtpu _hub
     @"{{ bin }}/python" -m pytest -n 3 "$@"
     @[ "$#" -gt 0 ] || "{{ peers }}/python" -m pytest -n 2 --dist loadfile -W default tests/peers
     @[ "$#" -gt 0 ] || "{{ peers }}/python" "{{ root }}/scripts/conformance.py"
-    @[ "$#" -gt 0 ] || "{{ just_executable() }}" --justfile "{{ justfile() }}" test-newest
+    @[ "$#" -gt 0 ] || "{{ just_executable() }}" --justfile "{{ justfile() }}" test-newest --every 3
 
 # The fast tests: about a minute together.
 [no-exit-message]
