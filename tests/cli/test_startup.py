@@ -1,5 +1,6 @@
 """The start of a process: since when it runs, and how it ends before anything has begun."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -83,9 +84,27 @@ def test_a_signal_during_the_imports_ends_the_command_with_75(number: signal.Sig
                 break
         process.send_signal(number)
         _, errors = process.communicate()
-        assert process.returncode == 75
+        assert process.returncode == 75, [line for line in errors.splitlines() if not line.startswith(("#", "import "))]
         assert f"stopped by {number.name}; run the same command again" in errors
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_middle_of_a_write_to_stderr_ends_the_command_with_75(number: signal.Signals) -> None:
+    code = "import sys; from research.cli.signals import exit_on_signal; exit_on_signal(); print('ready', flush=True); "
+    code += "[sys.stderr.write('x' * 99 + chr(10)) for _ in range(100_000)]"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    start = [sys.executable, "-c", code]
+    process = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=buffered)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stderr.read(1)  # it writes
+    time.sleep(0.5)  # until the pipe is full
+    process.send_signal(number)
+    _, errors = process.communicate()
+    assert process.returncode == 75, errors[-500:]
+    assert f"stopped by {number.name}; run the same command again" in errors
 
 
 @pytest.mark.slow
@@ -112,6 +131,7 @@ assert "matplotlib.pyplot" in sys.modules
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_loads_matplotlib_after_what_training_needs_and_no_sklearn(tmp_path: Path) -> None:
     start = [sys.executable, "-P", "-X", "importtime", "-m", "research", "run", "digits"]
     run = subprocess.run([*start, "--steps", "1", "--run-dir", str(tmp_path / "run")], capture_output=True, text=True)
