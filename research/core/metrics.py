@@ -16,6 +16,7 @@ from research.core.state import (
     Batch,
     InvalidArgument,
     SharedScope,
+    as_shapes,
     copy_values,
     current_values,
     layer_metrics,
@@ -282,15 +283,6 @@ def flat_logs(results: Mapping[str, Any]) -> Logs:
     for name, value in sorted(results.items()):
         logs.update(flat_logs(value) if isinstance(value, dict) else {name: jnp.asarray(value)})
     return logs
-
-
-def as_shapes(tree: PyTree) -> PyTree:
-    """Returns arrays as `jax.ShapeDtypeStruct`s, with the dtypes that JAX gives them.
-
-    >>> as_shapes({"x": jnp.ones((2, 3)), "y": None})
-    {'x': ShapeDtypeStruct(shape=(2, 3), dtype=float32), 'y': None}
-    """
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jax.dtypes.canonicalize_dtype(a.dtype)), tree)
 
 
 def output_shapes(model: keras.Model, x: PyTree | None = None) -> PyTree:

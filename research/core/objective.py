@@ -8,12 +8,13 @@ import keras
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from research.core.metrics import Metrics, as_shapes, compile_metrics, metric_variables, pack_metrics, pure_metrics, skip_padding
+from research.core.metrics import Metrics, compile_metrics, metric_variables, pack_metrics, pure_metrics, skip_padding
 from research.core.state import (
     Batch,
     InvalidArgument,
     SharedScope,
     State,
+    as_shapes,
     check_type,
     current_values,
     num_rows,

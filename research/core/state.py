@@ -134,6 +134,15 @@ def copy_leaves(tree: PyTree) -> PyTree:
     return _copies(tree)
 
 
+def as_shapes(tree: PyTree) -> PyTree:
+    """Returns arrays as `jax.ShapeDtypeStruct`s, with the dtypes that JAX gives them.
+
+    >>> as_shapes({"x": jnp.ones((2, 3)), "y": None})
+    {'x': ShapeDtypeStruct(shape=(2, 3), dtype=float32), 'y': None}
+    """
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jax.dtypes.canonicalize_dtype(a.dtype)), tree)
+
+
 def is_seed(leaf: Any) -> bool:
     """Returns whether a leaf of `State.non_trainable` has the form of a `keras.random.SeedGenerator`'s state.
 

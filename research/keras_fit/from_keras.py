@@ -13,7 +13,6 @@ from research.core.learner import Learner
 from research.core.metrics import (
     Logs,
     MetricState,
-    as_shapes,
     compile_metrics,
     flat_logs,
     metric_variables,
@@ -27,6 +26,7 @@ from research.core.state import (
     InvalidArgument,
     Mapped,
     State,
+    as_shapes,
     check_type,
     copy_values,
     current_values,

@@ -10,9 +10,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from research.core.learner import Learner
-from research.core.metrics import as_shapes
 from research.core.objective import mask_of
-from research.core.state import Batch, InvalidArgument, scope_mapping
+from research.core.state import Batch, InvalidArgument, as_shapes, scope_mapping
 from research.data.batches import Batches
 
 

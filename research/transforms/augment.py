@@ -9,13 +9,14 @@ import keras
 from jaxtyping import Array
 
 from research.core.learner import Learner
-from research.core.metrics import Logs, as_shapes
+from research.core.metrics import Logs
 from research.core.names import variable_names
 from research.core.state import (
     Batch,
     InvalidArgument,
     Mapped,
     SharedScope,
+    as_shapes,
     check_type,
     copy_values,
     current_values,

@@ -11,13 +11,14 @@ import keras
 from jaxtyping import Array, Float, PyTree
 
 from research.core.learner import Learner, as_optimizer, check_transforms, from_objective
-from research.core.metrics import Metrics, as_shapes, metric_variables, pack_metrics, running_metrics
+from research.core.metrics import Metrics, metric_variables, pack_metrics, running_metrics
 from research.core.names import unique_names
 from research.core.objective import Aux, Objective
 from research.core.state import (
     InvalidArgument,
     SharedScope,
     State,
+    as_shapes,
     check_type,
     current_values,
     layer_metrics,

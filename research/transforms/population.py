@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from research.core.learner import Learner, prediction_shapes
-from research.core.metrics import Logs, as_shapes
-from research.core.state import InvalidArgument, check_type, num_rows
+from research.core.metrics import Logs
+from research.core.state import InvalidArgument, as_shapes, check_type, num_rows
 from research.transforms.merge import Different, Merged, merge
 
 MEMBERS_SUFFIX = "_of_members"  # follows the name of a log: the values of all members, where the name alone has their mean
