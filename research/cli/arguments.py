@@ -96,7 +96,7 @@ def parse(config_class: type, options_class: type, arguments: list[str], prog: s
     # The names of these two fields are titles in the help: "experiment options" and "run options".
     command = prog.split()[1]
     fields: list[Any] = [
-        ("experiment", config_class),
+        ("experiment", _checked_first(config_class)),
         (command, options_class, dataclasses.field(default_factory=options_class)),
     ]
     arguments_class = dataclasses.make_dataclass("Arguments", fields, frozen=True)
@@ -104,8 +104,9 @@ def parse(config_class: type, options_class: type, arguments: list[str], prog: s
     try:
         with contextlib.redirect_stderr(errors):
             parsed: Any = tyro.cli(flat(arguments_class), args=arguments, prog=prog, description=description)
-        config, options = parsed.experiment, getattr(parsed, command)
-        check_fields(config)
+        values, options = parsed.experiment, getattr(parsed, command)
+        check_fields(values)
+        config = config_class(**{f.name: getattr(values, f.name) for f in dataclasses.fields(config_class) if f.init})
         check_fields(options)
     except SystemExit as exit:
         if not exit.code:
@@ -114,6 +115,19 @@ def parse(config_class: type, options_class: type, arguments: list[str], prog: s
     except Exception as error:  # __post_init__ raises what it likes
         raise UsageError(f"{one_line(error).rstrip('.')}; {hint}") from error
     return config, options
+
+
+def _checked_first(config_class: type) -> type:
+    """Returns a config class whose fields are checked before its own `__post_init__`, which may rely on their intervals."""
+    own = getattr(config_class, "__post_init__", None)
+    if own is None:
+        return config_class
+
+    def post_init(config: Any) -> None:
+        check_fields(config)
+        own(config)
+
+    return type(config_class.__name__, (config_class,), {"__post_init__": post_init, "__module__": config_class.__module__})
 
 
 def _box_text(box: str) -> str:
