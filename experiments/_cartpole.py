@@ -244,6 +244,8 @@ def episode_figures(learner: Learner, state: Any, test: Batches) -> dict[str, "F
 def episode_figure(physics: Float[np.ndarray, "500 4"], mask: Bool[np.ndarray, " 500"], frames: int = 10) -> "Figure":
     """Draws frames of an episode, evenly spaced in time, above the position of the cart and the angle of the pole.
 
+    An episode with fewer steps than `frames` has one of each.
+
     >>> figure = episode_figure(np.zeros((500, 4)), np.arange(500) < 200)
     >>> [figure.axes[i].get_title() for i in (0, 9)]
     ['step 1', 'step 200']
@@ -252,6 +254,7 @@ def episode_figure(physics: Float[np.ndarray, "500 4"], mask: Bool[np.ndarray, "
     from matplotlib.patches import Rectangle
 
     physics = physics[mask]
+    frames = min(frames, len(physics))
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1, 1.7))
     for axes, t in zip(above.subplots(1, frames), np.linspace(0, len(physics) - 1, frames).astype(int), strict=True):
