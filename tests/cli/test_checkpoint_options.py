@@ -155,7 +155,8 @@ def test_a_score_that_is_known_after_the_last_save_still_decides_what_stays(
     add = Scores.add
 
     def add_after_save(scores: Scores, entry: LogEntry) -> None:
-        while entry.step == 20 and not (checkpoints / f"{20:09d}").exists():
+        waited_until = time.monotonic() + 60
+        while entry.step == 20 and not (checkpoints / f"{20:09d}").exists() and time.monotonic() < waited_until:
             time.sleep(0.01)
         time.sleep(0.3 * (entry.step == 20))  # until the saving thread has removed what it found not to be the best
         add(scores, entry)

@@ -121,7 +121,7 @@ def test_it_measures_writes_and_resumes(tmp_path: Path) -> None:
         assert row["seconds_to_first_step"] > 0
         assert row["peak_mb_over_imports"] > 0
         losses.append(row["logs"]["loss"])
-    assert max(losses) < 2.0  # before training it is ln 10
+    assert max(losses) < math.log(10)  # of one epoch at least; before training it is ln 10
     assert bench["machine"]["cpus"] == os.cpu_count()
     assert set(bench["ratios"]["digits-mlp-32"]) >= {"ours_over_floor", "keras_over_ours", "fastest_peer"}
     assert "digits-mlp-32" in (tmp_path / "run" / "bench.md").read_text()
