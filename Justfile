@@ -35,6 +35,12 @@ replay *args: _core
 processes *args: _core
     @exec "{{ bin }}/python" -P -m research processes "$@"
 
+# Search for good values of options: `just sweep digits --trials 40 --vary learning_rate=log:1e-4:1e-1,dropout=0:0.5`.
+[no-cd]
+[no-exit-message]
+sweep *args: _core (_install ".venv" "sweep" ".[sweep]")
+    @exec "{{ bin }}/python" -P -m research sweep "$@"
+
 # Write the models of a run as Keras files: `just export RUN`.
 [no-cd]
 [no-exit-message]

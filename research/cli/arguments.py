@@ -140,7 +140,7 @@ def _box_text(box: str) -> str:
     lines = [line.strip("│╭╮╰╯ ").strip("─-") for line in box.strip().splitlines()[1:]]  # without the title; rules are empty
     message = itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines))
     text = " ".join(" ".join(message).split()).removeprefix("Error parsing ")
-    text = re.sub("^(experiment|run|check|plan): ", "", text)
+    text = re.sub("^(experiment|run|check|plan|sweep): ", "", text)
     text = text.replace("invalid literal for int() with base 10:", "expected a whole number, got")
     return text.replace("could not convert string to float:", "expected a number, got").rstrip(".")
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "run": "runs an experiment",
     "resume": "continues a run that was stopped",
     "replay": "runs a step of a run again, and shows what happens inside it",
+    "sweep": "searches for good values of an experiment's options",
     "report": "writes a page about a run, or about several side by side",
     "export": "writes the Keras models of a run",
     "check": "compares training with Keras' fit, and looks for the traps of hand-written steps",
@@ -27,7 +28,7 @@ COMMANDS = {
     "processes": "runs a command as several processes of this machine",
 }
 
-WITH_KERAS = ("run", "resume", "replay", "export", "check", "plan")  # those that build an experiment
+WITH_KERAS = ("run", "resume", "sweep", "replay", "export", "check", "plan")  # those that build an experiment
 
 
 def main(arguments: list[str]) -> int:

@@ -6,10 +6,6 @@ resumed as any other. `take` goes back: to the experiment, config and state of o
 """
 
 import dataclasses
-import difflib
-import re
-import types
-import typing
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +16,8 @@ import numpy as np
 from research.cli.checkpoints import parse_best
 from research.cli.contract import OPTIONAL, check_learner, check_splits
 from research.cli.experiment import Experiment
-from research.cli.fields import annotations, check_fields, outside, read_value
+from research.cli.fields import annotations, check_fields
+from research.cli.vary import Varied, is_range, listed, number_type, parse_vary, read_range, read_values
 from research.core.learner import Learner
 from research.core.state import InvalidArgument
 from research.data import Batches, side_by_side
@@ -33,7 +30,6 @@ from research.transforms.population import MEMBERS_SUFFIX
 
 LENGTH = ("epochs", "steps")  # all members train for as many steps
 MAX_MEMBERS = 10_000
-RANGE = re.compile(r"(log|linear):([^:]*):([^:]*)")
 FORMS = "seed, FIELD=log:LOW:HIGH, FIELD=linear:LOW:HIGH or FIELD=A:B:C"
 
 
@@ -100,15 +96,12 @@ def member_values(config: Any, types_of: dict[str, Any]) -> list[dict[str, Any]]
     {'seed': 6, 'rate': 0.001, 'units': 2}
     {'seed': 7, 'rate': 0.01, 'units': 4}
     """
-    columns: dict[str, list[Any]] = {}
-    for part in config.vary.split(","):
-        name, _, text = (side.strip() for side in part.partition("="))
-        name = name.replace("-", "_")
-        if name not in types_of or name in LENGTH:
-            raise InvalidArgument(_unknown(part, name, types_of))
-        if name in columns:
-            raise InvalidArgument(f"--vary {config.vary}: {name} is there twice; expected each field once.")
-        columns[name] = _column(part.strip(), text, types_of[name], config.population, getattr(config, name, None))
+    parts = parse_vary(
+        config.vary,
+        types_of,
+        dict.fromkeys(LENGTH, "all members train for as many steps; vary another field, or run them apart."),
+    )
+    columns = {each.field: _column(each, config.population, getattr(config, each.field, None)) for each in parts}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
@@ -210,66 +203,26 @@ def _listed(vary: str) -> int:
     """Returns the number of values in the first list of values."""
     for part in vary.split(","):
         text = part.partition("=")[2].strip()
-        if text and not RANGE.fullmatch(text):
-            return text.count(":") + 1
+        if text and not is_range(text):
+            return len(listed(text))
     raise InvalidArgument(f"--vary {vary}: the number of members is missing; add it: --population 16.")
 
 
-def _column(part: str, text: str, annotation: Any, count: int, start: Any) -> list[Any]:
+def _column(varied: Varied, count: int, start: Any) -> list[Any]:
     """Returns the values of a field in each member."""
-    number = _number(annotation)
-    if not text:
+    number = number_type(varied.annotation)
+    if not varied.text:
         if number is not int or not isinstance(start, int):
-            raise InvalidArgument(f"--vary {part}: it does not count up from {start!r}; expected {FORMS}.")
+            raise InvalidArgument(f"--vary {varied.part}: it does not count up from {start!r}; expected {FORMS}.")
         return [start + i for i in range(count)]
-    match = RANGE.fullmatch(text)
-    if match is None:
-        return _values(part, text.split(":"), annotation, count)
-    low, high = _values(part, [match[2], match[3]], float, 2)
-    if number is None:
-        raise InvalidArgument(f"--vary {part}: it is not a number; expected {part.partition('=')[0]}=A:B:C.")
-    if match[1] == "log" and min(low, high) <= 0:
-        raise InvalidArgument(f"--vary {part}: expected bounds above 0, or linear:LOW:HIGH.")
-    column = (np.geomspace if match[1] == "log" else np.linspace)(low, high, count).tolist()
+    if not is_range(varied.text):
+        texts = listed(varied.text)
+        if len(texts) != count:
+            raise InvalidArgument(
+                f"--vary {varied.part}: {len(texts)} values for {count} members; expected as many, or --population {len(texts)}."
+            )
+        return read_values(varied, texts)
+    log, low, high = read_range(varied)
+    column = (np.geomspace if log else np.linspace)(low, high, count).tolist()
     column[:1], column[count - 1 :] = [low], [high if count > 1 else low]  # without rounding
     return [round(value) if number is int else value for value in column]
-
-
-def _values(part: str, texts: Sequence[str], annotation: Any, count: int) -> list[Any]:
-    if len(texts) != count:
-        raise InvalidArgument(
-            f"--vary {part}: {len(texts)} values for {count} members; expected as many, or --population {len(texts)}."
-        )
-    try:
-        values = [read_value(annotation, text.strip()) for text in texts]
-    except InvalidArgument as error:
-        raise InvalidArgument(f"--vary {part}: {error}.") from None
-    for value in values:
-        interval = outside(annotation, value)
-        if interval is not None:
-            raise InvalidArgument(f"--vary {part}: {value} is outside of {interval.text}.")
-    return values
-
-
-def _number(annotation: Any) -> type | None:
-    """Returns whether values of an annotation are whole numbers, `int`, other numbers, `float`, or none.
-
-    >>> _number(float | None), _number(typing.Annotated[int, "count"]), _number(bool), _number(str | None)
-    (<class 'float'>, <class 'int'>, None, None)
-    """
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Annotated:
-        return _number(arguments[0])
-    if origin in (typing.Union, types.UnionType):
-        kinds = [_number(each) for each in arguments]
-        return float if float in kinds else int if int in kinds else None
-    return annotation if annotation in (int, float) else None
-
-
-def _unknown(part: str, name: str, types_of: dict[str, Any]) -> str:
-    if name in LENGTH:
-        return f"--vary {part}: all members train for as many steps; vary another field, or run them apart."
-    fields = [field for field in types_of if field not in LENGTH]
-    nearest = difflib.get_close_matches(name, fields, n=1)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"expected one of {', '.join(fields)}."
-    return f"--vary {part}: there is no field {name[:80]!r}: {hint}"

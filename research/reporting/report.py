@@ -1,17 +1,14 @@
 """HTML reports: of one run, and of several side by side. They open offline, without other files."""
 
-import base64
 import html
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote
 
-from research.reporting import performance, picture, record, run_files
+from research.reporting import page, performance, picture, record, run_files
 from research.reporting.checkpoint_table import checkpoint_table
 from research.reporting.run_files import Report, ignore
 from research.training.logs import LogEntry
@@ -54,27 +51,31 @@ def write_report(run: record.Run, report: Report = ignore) -> Path:
         ("compare with another run", f"just report {directory} ANOTHER-RUN"),
     ]
     parts = [
-        _section("Results", _metrics_table(run, summary.get("metrics", {}))),
+        page.section("Results", _metrics_table(run, summary.get("metrics", {}))),
         members,
-        _section("Curves", *(_image(plots[name], name) + band for name in plots if name == "curves")),
-        _section("Speed", _image(record.png_bytes(picture.plot_curves(speed)), "speed") if speed else ""),
-        _section("Figures", *(_figure(plots[name], name) for name in figures)),
-        _section("Epochs", *_strips(_pictures(run.directory / "plots" / "epochs", report))),
-        _section("Models", _columns(*(_figure(plots[name], name, "tall") for name in models))),
-        _section("Checkpoints", _checkpoints_table(run)),
-        _section("Commands", _table([(purpose, f"<code>{html.escape(command)}</code>") for purpose, command in commands])),
-        _columns(_section("Run", _facts(facts)), _section("Config", _facts(run.config))),
-        _section("Environment", _facts(versions) if versions else ""),
+        page.section("Curves", *(page.image(plots[name], name) + band for name in plots if name == "curves")),
+        page.section("Speed", page.image(record.png_bytes(picture.plot_curves(speed)), "speed") if speed else ""),
+        page.section("Figures", *(page.figure(plots[name], name) for name in figures)),
+        page.section("Epochs", *_strips(_pictures(run.directory / "plots" / "epochs", report))),
+        page.section("Models", page.columns(*(page.figure(plots[name], name, "tall") for name in models))),
+        page.section("Checkpoints", _checkpoints_table(run)),
+        page.section(
+            "Commands", page.pairs([(purpose, f"<code>{html.escape(command)}</code>") for purpose, command in commands])
+        ),
+        page.columns(page.section("Run", page.facts(facts)), page.section("Config", page.facts(run.config))),
+        page.section("Environment", page.facts(versions) if versions else ""),
     ]
     path = run.directory / "report.html"
-    record.write_text(path, _page(f"{run.experiment} · {run.directory.resolve().name}", [_status(summary.get("status")), *parts]))
+    record.write_text(
+        path, page.render(f"{run.experiment} · {run.directory.resolve().name}", [page.status(summary.get("status")), *parts])
+    )
     return path
 
 
 def _checkpoints_table(run: record.Run) -> str:
     columns, rows = checkpoint_table(run.checkpoints, record.read_entries(run))
     return (
-        _rows({step: step for step in rows}, columns, [[_format(value) for value in row] for row in rows.values()])
+        page.rows({step: step for step in rows}, columns, [[page.text(value) for value in row] for row in rows.values()])
         if rows
         else ""
     )
@@ -97,8 +98,12 @@ def _members_section(summary: Mapping[str, Any]) -> str:
         numbers = {i: float(each["metrics"][name]) for i, each in enumerate(rows) if _is_number(each["metrics"].get(name))}
         best[name] = best_names({str(i): value for i, value in numbers.items()}, metric_direction(name))
     cells = [
-        [_format(each["values"].get(name)) for name in fields]
-        + [f"<b>{text}</b>" if str(i) in best[name] else text for name in names for text in [_format(each["metrics"].get(name))]]
+        [page.text(each["values"].get(name)) for name in fields]
+        + [
+            f"<b>{text}</b>" if str(i) in best[name] else text
+            for name in names
+            for text in [page.text(each["metrics"].get(name))]
+        ]
         for i, each in enumerate(rows)
     ]
     titles = {str(i): f"{each['rank']}. member {each['member']}" for i, each in enumerate(rows)}
@@ -106,7 +111,7 @@ def _members_section(summary: Mapping[str, Any]) -> str:
         f"<p>Ranked by {html.escape(ranked_by[0])}{' ↑' if ranked_by[2] == 'max' else ' ↓'}. The results above are means of the "
         "members; figures and models below are the best member's.</p>"
     )
-    return _section("Members", text, f'<div class="numbers">{_rows(titles, [*fields, *names], cells)}</div>')
+    return page.section("Members", text, f'<div class="numbers">{page.rows(titles, [*fields, *names], cells)}</div>')
 
 
 def _is_member(value: Any) -> bool:
@@ -134,7 +139,7 @@ def write_comparison(runs: Sequence[record.Run], path: Path) -> Path:
     entries = {label: record.read_entries(run) for label, run in by_label.items()}
     figure = picture.plot_comparison(entries)
     swatches = {
-        label: f'<i style="background:{colour}"></i>{_link(run.directory / "report.html", path.parent, label)}'
+        label: f'<i style="background:{colour}"></i>{page.link(run.directory / "report.html", path.parent, label)}'
         for (label, run), colour in zip(by_label.items(), picture.COLOURS * len(by_label), strict=False)
     }
     options = {label: {"experiment": run.experiment, **run.config} for label, run in by_label.items()}
@@ -143,27 +148,30 @@ def write_comparison(runs: Sequence[record.Run], path: Path) -> Path:
     facts = ("status", "steps", "epochs", "parameters", "steps_per_second", "seconds_to_first_step")
     metrics = {label: summary.get("metrics", {}) for label, summary in summaries.items()}
     parts = [
-        _section(
+        page.section(
             "Results", _comparison_table(swatches, metrics, _prefixes(each for of_run in entries.values() for each in of_run))
         ),
-        _section(
+        page.section(
             "Curves",
-            _image(record.png_bytes(figure), "curves"),
+            page.image(record.png_bytes(figure), "curves"),
             "<p>Training: dashed; validation: solid; test: dotted, or a single point.</p>",
         ),
-        _section(
+        page.section(
             "Options that differ",
-            _rows(swatches, differing, [[_format(values.get(name, "")) for name in differing] for values in options.values()])
+            page.rows(
+                swatches, differing, [[page.text(values.get(name, "")) for name in differing] for values in options.values()]
+            )
             if differing
             else "<p>None.</p>",
         ),
-        _section(
-            "Runs", _rows(swatches, facts, [[_format(values.get(name, "")) for name in facts] for values in summaries.values()])
+        page.section(
+            "Runs",
+            page.rows(swatches, facts, [[page.text(values.get(name, "")) for name in facts] for values in summaries.values()]),
         ),
     ]
     experiments = " and ".join(dict.fromkeys(run.experiment for run in runs))
     path.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(path, _page(f"{len(runs)} runs of {experiments}", parts))
+    record.write_text(path, page.render(f"{len(runs)} runs of {experiments}", parts))
     return path
 
 
@@ -191,13 +199,13 @@ def write_page(path: Path, title: str, sections: Mapping[str, Table | Mapping[st
     for name, section in sections.items():
         if isinstance(section, Table):
             titles = {row: html.escape(row) for row in section.rows}
-            rows = [[_format(value) for value in values] for values in section.rows.values()]
-            parts.append(_section(html.escape(name), _rows(titles, section.columns, rows) if rows else ""))
+            rows = [[page.text(value) for value in values] for values in section.rows.values()]
+            parts.append(page.section(html.escape(name), page.rows(titles, section.columns, rows) if rows else ""))
             continue
         facts = {key: value for key, value in section.items() if not isinstance(value, bytes)}
-        figures = [_figure(value, key) for key, value in section.items() if isinstance(value, bytes)]
-        parts.append(_section(html.escape(name), _facts(facts) if facts else "", *figures))
-    record.write_text(path, _page(title, parts))
+        figures = [page.figure(value, key) for key, value in section.items() if isinstance(value, bytes)]
+        parts.append(page.section(html.escape(name), page.facts(facts) if facts else "", *figures))
+    record.write_text(path, page.render(title, parts))
 
 
 def metric_direction(name: str) -> int:
@@ -231,10 +239,10 @@ def _metrics_table(run: record.Run, metrics: Mapping[str, Any]) -> str:
     logged = {splits[entry.split] + name: name for entry in entries for name in entry.values}
     names = list(dict.fromkeys(logged[name] for name in metrics if name in logged and "/" not in name))  # not those of layers
     names.sort(key=lambda name: name != "loss")
-    rows = [[_format(metrics.get(prefix + name, "")) for prefix in splits.values()] for name in names]
+    rows = [[page.text(metrics.get(prefix + name, "")) for prefix in splits.values()] for name in names]
     final = {name: value for name, value in metrics.items() if name not in logged}
-    table = _rows({name: html.escape(name) for name in names}, list(splits), rows) if names else ""
-    return _columns(table, _facts(final) if final else "") or "<p>No metrics yet.</p>"
+    table = page.rows({name: html.escape(name) for name in names}, list(splits), rows) if names else ""
+    return page.columns(table, page.facts(final) if final else "") or "<p>No metrics yet.</p>"
 
 
 def _prefixes(entries: Iterable[LogEntry]) -> dict[str, str]:
@@ -258,10 +266,10 @@ def _comparison_table(swatches: Mapping[str, str], metrics: Mapping[str, Mapping
         best_labels[name] = best_names(numbers, metric_direction(name))
     rows = []
     for label, values in metrics.items():
-        cells = {name: _format(values.get(name, "")) for name in names}
+        cells = {name: page.text(values.get(name, "")) for name in names}
         rows.append([f"<b>{cell}</b>" if label in best_labels[name] else cell for name, cell in cells.items()])
     titles = [name + {1: " ↑", -1: " ↓", 0: ""}[metric_direction(name)] for name in names]
-    return _rows(swatches, titles, rows)
+    return page.rows(swatches, titles, rows)
 
 
 def _labels(directories: Sequence[Path]) -> list[str]:
@@ -272,14 +280,6 @@ def _labels(directories: Sequence[Path]) -> list[str]:
         if len(set(labels)) == len(labels):
             break
     return labels
-
-
-def _image(png: bytes, name: str) -> str:
-    return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-
-
-def _figure(png: bytes, name: str, css_class: str = "") -> str:
-    return f'<figure class="{css_class}">{_image(png, name)}<figcaption>{html.escape(name)}</figcaption></figure>'
 
 
 def _pictures(directory: Path, report: Report) -> dict[str, bytes]:
@@ -297,82 +297,6 @@ def _strips(pictures: Mapping[str, bytes]) -> list[str]:
         captions.setdefault(name if numbered else stem, {})[stem] = f"{name}, epoch {epoch.lstrip('0')}" if numbered else stem
     strips = []
     for name in sorted(captions):
-        figures = (_figure(pictures[stem], caption) for stem, caption in list(captions[name].items())[-MAX_EPOCH_FIGURES:])
+        figures = (page.figure(pictures[stem], caption) for stem, caption in list(captions[name].items())[-MAX_EPOCH_FIGURES:])
         strips.append(f'<div class="strip">{"".join(figures)}</div>')
     return strips
-
-
-def _link(target: Path, start: Path, text: str) -> str:
-    """Returns a link relative to `start`; only the text if the target does not exist."""
-    if not target.exists():
-        return html.escape(text)
-    return f'<a href="{quote(os.fsencode(os.path.relpath(target, start)))}">{html.escape(text)}</a>'
-
-
-def _status(status: Any) -> str:
-    css_class = "good" if status == "finished" else "bad" if status == "failed" else "open"
-    return f'<span class="status {css_class}">{html.escape(str(status))}</span>'
-
-
-def _section(title: str, *parts: str) -> str:
-    return f"<section><h2>{title}</h2>{''.join(parts)}</section>" if any(parts) else ""
-
-
-def _columns(*parts: str) -> str:
-    return f'<div class="columns">{"".join(parts)}</div>' if any(parts) else ""
-
-
-def _format(value: Any) -> str:
-    """Returns a value as HTML."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}" if abs(value) >= 10_000 else str(value)
-    return "" if value is None else html.escape(value if isinstance(value, str) else json.dumps(value))
-
-
-def _facts(values: Mapping[str, Any]) -> str:
-    return _table([(name, _format(value)) for name, value in values.items()])
-
-
-def _table(pairs: Iterable[tuple[str, str]]) -> str:
-    return "<table>" + "".join(f"<tr><th>{html.escape(name)}</th><td>{value}</td></tr>" for name, value in pairs) + "</table>"
-
-
-def _rows(row_titles: Mapping[str, str], columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a table with titles of rows, which are HTML, and of columns, which are text."""
-    header = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-    body = "".join(
-        f"<tr><th>{title}</th>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>"
-        for title, row in zip(row_titles.values(), rows, strict=True)
-    )
-    return f'<div class="wide"><table><tr><th></th>{header}</tr>{body}</table></div>'
-
-
-def _page(title: str, parts: Iterable[str]) -> str:
-    return _PAGE.format(title=html.escape(title), parts="".join(parts))
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title><style>
-:root {{ color-scheme: light; }}
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2.5rem auto; max-width: 76rem; padding: 0 1.5rem; color: #1b1f24; }}
-h1 {{ font-size: 1.5rem; margin: 0 0 .25rem; }} h2 {{ font-size: 1rem; margin: 2.2rem 0 .6rem; color: #57606a; }}
-.status {{ display: inline-block; padding: .05rem .6rem; border-radius: 1rem; }}
-.good {{ background: #eaf3ea; color: #1a6b2d; }} .bad {{ background: #fbeaea; color: #a3221a; }}
-.open {{ background: #fdf4dc; color: #7a5200; }}
-table {{ border-collapse: collapse; }} th, td {{ text-align: left; padding: .2rem 1.4rem .2rem 0; vertical-align: top; }}
-.numbers td {{ white-space: nowrap; }}
-th {{ font-weight: 500; color: #57606a; white-space: nowrap; }}
-td {{ font-variant-numeric: tabular-nums; overflow-wrap: anywhere; min-width: 4rem; }}
-tr + tr {{ border-top: 1px solid #eaeef2; }} b {{ font-weight: 700; }} code {{ font-size: .9em; }} a {{ color: inherit; }}
-i {{ display: inline-block; width: .8rem; height: .8rem; border-radius: .2rem; margin-right: .5rem; vertical-align: -1px; }}
-img {{ max-width: 100%; }} figure {{ margin: 1rem 0; }} figcaption, p {{ color: #57606a; font-size: .85rem; }}
-.wide, .strip {{ overflow-x: auto; }} .strip {{ display: flex; gap: 1rem; }} .strip figure {{ flex: none; margin: 0 0 .5rem; }}
-.strip img {{ max-width: none; height: 15rem; }} .tall img {{ max-height: 60rem; }}
-.columns {{ display: flex; flex-wrap: wrap; gap: 0 5rem; }}
-</style></head><body>
-<h1>{title}</h1>
-{parts}
-</body></html>
-"""
