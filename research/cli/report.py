@@ -23,13 +23,13 @@ def main(arguments: list[str]) -> int:
             names.append(argument)
     if not names or output == "" or any(name.startswith("-") for name in names):
         return fail(USAGE, 2)
-    from research.reporting import picture, record, report
+    from research.reporting import comparison, picture, record, report
 
     try:
         directories = dict.fromkeys(record.find_run(name, Path("runs")) for name in names)
         runs = [record.read_run(directory, print_error)[0] for directory in directories]
         if len(runs) > 1 or output is not None:
-            path = report.write_comparison(runs, Path(output or "runs/report.html"))
+            path = comparison.write_comparison(runs, Path(output or "runs/report.html"))
         else:
             record.save_figures(runs[0], {"curves": picture.plot_curves(record.read_entries(runs[0]))})
             path = report.write_report(runs[0], print_error)

@@ -73,7 +73,10 @@ def _draw_comparison(runs: Mapping[str, Sequence[LogEntry]]) -> "Figure":
         for (run, logs), colour in zip(runs.items(), COLOURS * len(runs), strict=False):
             for split in dict.fromkeys(entry.split for entry in logs):
                 style = {"color": colour, "label": run, "linestyle": LINE_STYLES.get(split, "-.")}
-                _plot_line(axes, [entry for entry in logs if entry.split == split], name, markers=False, **style)
+                entries = [entry for entry in logs if entry.split == split]
+                if any(len(entry.members.get(name, ())) > 1 for entry in entries):
+                    entries = _plot_members(axes, entries, name, colour)
+                _plot_line(axes, entries, name, markers=False, **style)
     lines = {line.get_label(): line for axes in panels.values() for line in axes.lines}
     lines |= {line.get_label(): line for axes in panels.values() for line in axes.lines if line.get_linestyle() == "-"}
     handles = [lines[run] for run in runs if run in lines]

@@ -1,7 +1,6 @@
-"""HTML reports: of one run, and of several side by side. They open offline, without other files."""
+"""HTML reports: of a run, and of anything else in tables and pictures. They open offline, without other files."""
 
 import html
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,8 +16,8 @@ SPLITS = {"train": "", "val": "val_", "test": "test_"}
 MAX_EPOCH_FIGURES = 8
 MAX_NUMBER = 2**1023  # an integer that a float can hold
 BAND = (
-    "<p>Lines: the mean of the members. Bands: 1.96 standard errors of it to each side. Thin lines: each member. Members whose "
-    "value is not finite are left out.</p>"
+    "Lines: the mean of the members, or seeds. Bands: 1.96 standard errors of it to each side. Thin lines: each of them. Those "
+    "whose value is not finite are left out."
 )
 # Patterns in the names of metrics to maximise, and to minimise.
 MAXIMISE = r"acc|auc|precision|recall|f1|fbeta|iou|dice|r2|bleu|reward|return|score|similarity|sensitivity|specificity|correct"
@@ -43,7 +42,7 @@ def write_report(run: record.Run, report: Report = ignore) -> Path:
     figures = [name for name in plots if name not in ("curves", *models)]
     facts = {name: value for name, value in summary.items() if name not in ("metrics", "experiment", "status", "members")}
     members = _members_section(summary)
-    band = BAND if members else ""
+    band = f"<p>{BAND}</p>" if members else ""
     directory, speed = run.directory.as_posix(), performance.curves(run.directory)
     commands = [] if summary.get("status") == "finished" else [("resume", f"just resume {directory}")]
     commands += [
@@ -124,57 +123,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_NUMBER
 
 
-def write_comparison(runs: Sequence[record.Run], path: Path) -> Path:
-    """Writes a page that compares runs: their curves in common panels, the options that differ, and their results.
-
-    >>> import tempfile
-    >>> runs = [record.Run(Path(tempfile.mkdtemp()), "digits", {"epochs": epochs}) for epochs in (1, 2)]
-    >>> for run in runs:
-    ...     record.start(run, {})
-    >>> write_comparison(runs, runs[0].directory / "comparison.html").name
-    'comparison.html'
-    """
-    by_label = dict(zip(_labels([run.directory for run in runs]), runs, strict=True))
-    summaries = {label: record.read_run(run.directory)[1] for label, run in by_label.items()}
-    entries = {label: record.read_entries(run) for label, run in by_label.items()}
-    figure = picture.plot_comparison(entries)
-    swatches = {
-        label: f'<i style="background:{colour}"></i>{page.link(run.directory / "report.html", path.parent, label)}'
-        for (label, run), colour in zip(by_label.items(), picture.COLOURS * len(by_label), strict=False)
-    }
-    options = {label: {"experiment": run.experiment, **run.config} for label, run in by_label.items()}
-    names = dict.fromkeys(name for values in options.values() for name in values)
-    differing = [name for name in names if len({json.dumps(values.get(name)) for values in options.values()}) > 1]
-    facts = ("status", "steps", "epochs", "parameters", "steps_per_second", "seconds_to_first_step")
-    metrics = {label: summary.get("metrics", {}) for label, summary in summaries.items()}
-    parts = [
-        page.section(
-            "Results", _comparison_table(swatches, metrics, _prefixes(each for of_run in entries.values() for each in of_run))
-        ),
-        page.section(
-            "Curves",
-            page.image(record.png_bytes(figure), "curves"),
-            "<p>Training: dashed; validation: solid; test: dotted, or a single point.</p>",
-        ),
-        page.section(
-            "Options that differ",
-            page.rows(
-                swatches, differing, [[page.text(values.get(name, "")) for name in differing] for values in options.values()]
-            )
-            if differing
-            else "<p>None.</p>",
-        ),
-        page.section(
-            "Runs",
-            page.rows(swatches, facts, [[page.text(values.get(name, "")) for name in facts] for values in summaries.values()]),
-        ),
-    ]
-    experiments = " and ".join(dict.fromkeys(run.experiment for run in runs))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(path, page.render(f"{len(runs)} runs of {experiments}", parts))
-    return path
-
-
 class Table(NamedTuple):
     """A table of a page: the titles of its columns, and the values of each row by its title.
 
@@ -235,7 +183,7 @@ def best_names(values: Mapping[str, float], direction: int) -> set[str]:
 def _metrics_table(run: record.Run, metrics: Mapping[str, Any]) -> str:
     """Returns a table of metrics by split, and a second one of results measured once at the end."""
     entries = record.read_entries(run)
-    splits = _prefixes(entries)
+    splits = split_prefixes(entries)
     logged = {splits[entry.split] + name: name for entry in entries for name in entry.values}
     names = list(dict.fromkeys(logged[name] for name in metrics if name in logged and "/" not in name))  # not those of layers
     names.sort(key=lambda name: name != "loss")
@@ -245,41 +193,9 @@ def _metrics_table(run: record.Run, metrics: Mapping[str, Any]) -> str:
     return page.columns(table, page.facts(final) if final else "") or "<p>No metrics yet.</p>"
 
 
-def _prefixes(entries: Iterable[LogEntry]) -> dict[str, str]:
+def split_prefixes(entries: Iterable[LogEntry]) -> dict[str, str]:
     """Returns what the names of metrics begin with, by split: the usual splits, and those that were logged."""
     return {**SPLITS, **{entry.split: f"{entry.split}_" for entry in entries if entry.split not in SPLITS}}
-
-
-def _comparison_table(swatches: Mapping[str, str], metrics: Mapping[str, Mapping[str, Any]], by_split: Mapping[str, str]) -> str:
-    """Returns a table of runs by metrics, in the order of the splits' prefixes, with the best values in bold."""
-    order = list(by_split.values())
-    longest_first = sorted(order, key=len, reverse=True)  # the last is "", which every name begins with
-    prefixes = {
-        name: next(prefix for prefix in longest_first if name.startswith(prefix))
-        for values in metrics.values()
-        for name in values
-    }
-    names = sorted(prefixes, key=lambda name: (order.index(prefixes[name]), name != f"{prefixes[name]}loss", name))
-    best_labels = {}
-    for name in names:
-        numbers = {label: float(values[name]) for label, values in metrics.items() if isinstance(values.get(name), int | float)}
-        best_labels[name] = best_names(numbers, metric_direction(name))
-    rows = []
-    for label, values in metrics.items():
-        cells = {name: page.text(values.get(name, "")) for name in names}
-        rows.append([f"<b>{cell}</b>" if label in best_labels[name] else cell for name, cell in cells.items()])
-    titles = [name + {1: " ↑", -1: " ↓", 0: ""}[metric_direction(name)] for name in names]
-    return page.rows(swatches, titles, rows)
-
-
-def _labels(directories: Sequence[Path]) -> list[str]:
-    """Returns the shortest trailing parts of the paths that are distinct."""
-    paths = [directory.resolve().parts for directory in directories]
-    for length in range(1, max(map(len, paths)) + 1):
-        labels = ["/".join(parts[-length:]) for parts in paths]
-        if len(set(labels)) == len(labels):
-            break
-    return labels
 
 
 def _pictures(directory: Path, report: Report) -> dict[str, bytes]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from research.core.state import InvalidArgument
-from research.reporting import picture, record, report, run_files
+from research.reporting import comparison, picture, record, report, run_files
 from research.training.logs import LogEntry
 
 
@@ -143,4 +143,4 @@ def test_a_comparison_shows_huge_whole_numbers(tmp_path: Path) -> None:
         (tmp_path / name / "config.json").write_text(json.dumps({"experiment": "toy", "config": {"size": size}}))
         (tmp_path / name / "summary.json").write_text(json.dumps({"status": "stopped", "metrics": {"loss": size}, "steps": size}))
     runs = [record.read_run(tmp_path / name)[0] for name in ("a", "b")]
-    assert f"{10**300:,}" in report.write_comparison(runs, tmp_path / "page.html").read_text()
+    assert f"{10**300:,}" in comparison.write_comparison(runs, tmp_path / "page.html").read_text()

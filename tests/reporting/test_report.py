@@ -20,7 +20,7 @@ import research
 from research.cli import run
 from research.cli.experiment import Experiment
 from research.cli.options import Options
-from research.reporting import record, report
+from research.reporting import comparison, record, report
 from research.training import checkpoint
 from research.training.logs import LogEntry
 
@@ -91,7 +91,7 @@ def test_a_comparison_shows_the_options_that_differ_and_the_best_values_in_bold(
         ),
         write_run(tmp_path / "toy" / "c", {"rate": 0.2, "size": 3, "new": None}, {"loss": 0.9, "val_loss": float("nan")}),
     ]
-    page = Page(report.write_comparison(runs, tmp_path / "all.html"))
+    page = Page(comparison.write_comparison(runs, tmp_path / "all.html"))
     results, options, facts = page.tables
     assert results == [
         ["", "loss ↓", "odd", "val_loss ↓", "val_accuracy ↑"],
@@ -107,7 +107,7 @@ def test_a_comparison_shows_the_options_that_differ_and_the_best_values_in_bold(
 def test_runs_in_directories_of_the_same_name_get_distinct_labels(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / part, {}, {"loss": 1.0}, experiment) for part, experiment in (("x/1", "gan"), ("y/1", "vae"))]
     report.write_report(runs[0])
-    page = Page(report.write_comparison(runs, tmp_path / "pages" / "all.html"))
+    page = Page(comparison.write_comparison(runs, tmp_path / "pages" / "all.html"))
     assert page.tables[1] == [["", "experiment"], ["x/1", "gan"], ["y/1", "vae"]]
     assert "../x/1/report.html" in page.sources  # the one that has a report
 
@@ -115,7 +115,7 @@ def test_runs_in_directories_of_the_same_name_get_distinct_labels(tmp_path: Path
 def test_pages_need_no_other_files_and_escape_html(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", {"note": "<script>alert(1)</script> & more"}, {"loss": 0.5, "<b>": 1.0})
     other = write_run(tmp_path / "<i>other", {"note": ""}, {"loss": 0.5})
-    for path in (report.write_report(run), report.write_comparison([run, other], tmp_path / "all.html")):
+    for path in (report.write_report(run), comparison.write_comparison([run, other], tmp_path / "all.html")):
         page = Page(path)
         assert "script" not in page.tags
         assert any("<script>alert(1)</script> & more" in cell for table in page.tables for row in table for cell in row)
@@ -129,7 +129,7 @@ def test_a_comparison_keeps_the_metrics_of_each_split_together(tmp_path: Path) -
         record.append_entry(each, LogEntry(3, 0, "val_long", {"accuracy": 0.5, "loss": 0.75}))
         metrics = {"val_long_accuracy": 0.5, "val_loss": 0.25, "val_long_loss": 0.75, "odd": 1.0, "loss": 0.5}
         record.write_summary(each, {"status": "finished", "steps": 3, "metrics": metrics})
-    titles = Page(report.write_comparison(runs, tmp_path / "all.html")).tables[0][0]
+    titles = Page(comparison.write_comparison(runs, tmp_path / "all.html")).tables[0][0]
     assert titles == ["", "loss ↓", "odd", "val_loss ↓", "val_long_loss ↓", "val_long_accuracy ↑"]
 
 
