@@ -34,19 +34,23 @@ import pytest  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--complete", action="store_true", help="run every case of the tests that are marked as samples")
+    parser.addoption("--complete", action="store_true", help="run tests that are marked `complete`, and every case of samples")
     parser.addoption("--every", type=int, default=1, metavar="N", help="run each N-th of the tests that are left")
 
 
 @pytest.hookimpl(trylast=True)  # after `-m` and `-k`
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselects all but each n-th of the cases of a test that is marked `sample(n)`, then all but each `--every`-th test."""
+    """Deselects tests marked `complete`, all but each n-th case of those marked `sample(n)`, then all but each `--every`-th.
+
+    `sample(n, i)` begins with case i.
+    """
     complete, every = config.getoption("--complete"), config.getoption("--every")
     selected, left_out, counts = [], [], collections.Counter[str]()
     for item in items:
         marker, test = item.get_closest_marker("sample"), item.nodeid.partition("[")[0]
-        skipped = marker and not complete and counts[test] % marker.args[0]
-        (left_out if skipped else selected).append(item)
+        n, first = (*marker.args, 0)[:2] if marker else (1, 0)
+        skipped = counts[test] % n != first or item.get_closest_marker("complete")
+        (left_out if skipped and not complete else selected).append(item)
         counts[test] += 1
     left_out += [item for i, item in enumerate(selected) if i % every]
     config.hook.pytest_deselected(items=left_out)

@@ -13,47 +13,55 @@ import time
 from pathlib import Path
 from typing import Any
 
-parser = argparse.ArgumentParser(allow_abbrev=False)
-parser.add_argument("name")
-parser.add_argument("--learning-rate", type=float, default=0.0)
-parser.add_argument("--epochs", type=int, default=3)
-parser.add_argument("--batch-size", type=int, default=0)
-parser.add_argument("--seed", type=int, default=0)
-parser.add_argument("--population", type=int)
-parser.add_argument("--vary")
-parser.add_argument("--run-dir", type=Path)
-options, _ = parser.parse_known_args()
-options.run_dir.mkdir(parents=True, exist_ok=True)
-starts = options.run_dir / "starts"
-starts.write_text(starts.read_text() + "." if starts.exists() else ".")
 
-
-def log(epoch: int, values: dict[str, Any], split: str = "val") -> None:
-    with (options.run_dir / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 10 * (epoch + 1), "epoch": epoch, "split": split, "values": values}) + "\n")
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("name")
+    parser.add_argument("--learning-rate", type=float, default=0.0)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--population", type=int)
+    parser.add_argument("--vary")
+    parser.add_argument("--run-dir", type=Path)
+    return parser.parse_known_args()[0]
 
 
 def loss(rate: float, epoch: int) -> float:
     return (rate - 0.3) ** 2 + 1 / (epoch + 1)
 
 
-if options.seed == 1:
-    sys.exit("error: there is no room for it")
-if options.seed == 2:
-    (options.run_dir / "failures").mkdir(exist_ok=True)
-    sys.exit("error: step 3: the loss is nan")
-if options.seed == 5:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-    log(0, {"loss": 9.0})
-    while not (options.run_dir.parent / "go").exists():
-        time.sleep(0.01)
-for epoch in range(options.epochs):
-    if options.population:
-        rates = options.vary.split("learning_rate=")[1].split(",")[0].split("|")
-        losses = [loss(float(rate), epoch) for rate in rates]
-        log(epoch, {"loss": sum(losses) / len(losses), "loss_of_members": losses})
-    else:
-        log(epoch, {"loss": loss(options.learning_rate, epoch)}, "train" if options.seed == 4 else "val")
-    time.sleep(options.batch_size / 1000)
-metrics = {"loss": 0.5} if options.seed == 4 else {"val_loss": 0.1, "score": options.learning_rate}
-(options.run_dir / "summary.json").write_text(json.dumps({"status": "finished", "metrics": metrics}))
+def log(directory: Path, epoch: int, values: dict[str, Any], split: str = "val") -> None:
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 10 * (epoch + 1), "epoch": epoch, "split": split, "values": values}) + "\n")
+
+
+def main(options: argparse.Namespace) -> None:
+    directory = options.run_dir
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "starts").open("a") as starts:
+        starts.write(".")
+    if options.seed == 1:
+        sys.exit("error: there is no room for it")
+    if options.seed == 2:
+        (directory / "failures").mkdir(exist_ok=True)
+        sys.exit("error: step 3: the loss is nan")
+    if options.seed == 5:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+        log(directory, 0, {"loss": 9.0})
+        while not (directory.parent / "go").exists():
+            time.sleep(0.01)
+    for epoch in range(options.epochs):
+        if options.population:
+            rates = options.vary.split("learning_rate=")[1].split(",")[0].split("|")
+            losses = [loss(float(rate), epoch) for rate in rates]
+            log(directory, epoch, {"loss": sum(losses) / len(losses), "loss_of_members": losses})
+        else:
+            log(directory, epoch, {"loss": loss(options.learning_rate, epoch)}, "train" if options.seed == 4 else "val")
+        time.sleep(options.batch_size / 1000)
+    metrics = {"loss": 0.5} if options.seed == 4 else {"val_loss": 0.1, "score": options.learning_rate}
+    (directory / "summary.json").write_text(json.dumps({"status": "finished", "metrics": metrics}))
+
+
+if __name__ == "__main__":
+    main(parse())

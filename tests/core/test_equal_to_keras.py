@@ -71,7 +71,7 @@ def build_learner(case: Case, constructor: str) -> tuple[research.Learner, keras
     return research.supervised(model, example=example, optimizer=optimizer, **compile_args), model, optimizer
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("constructor", CONSTRUCTORS)
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_and_logs_equal_keras_bit_for_bit(name: str, constructor: str) -> None:

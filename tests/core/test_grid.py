@@ -212,7 +212,7 @@ def test_the_grid_has_every_supported_pair_of_options() -> None:
     assert covered == {pair for configuration in candidates(3 * CANDIDATES) for pair in pairs(configuration)}
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(8)
 @pytest.mark.slow
 @pytest.mark.promotes
 @pytest.mark.parametrize("configuration", GRID, ids=lambda configuration: " ".join(configuration.values()))

@@ -142,7 +142,7 @@ def keras_logs(build: Any, y: Any, options: dict[str, Any]) -> dict[str, Any]:
     return {name: values[-1] for name, values in history.items()}
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @pytest.mark.promotes
 @pytest.mark.parametrize("group", ["metrics", pytest.param("weighted_metrics", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
@@ -156,7 +156,7 @@ def test_supervised_without_an_example_logs_what_keras_logs(name: str, group: st
     assert logs == expected
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @pytest.mark.slow
 @pytest.mark.promotes
 @pytest.mark.parametrize("name", NAMES)
@@ -203,6 +203,7 @@ class Reporting(layers.Layer):
 FORMS = [pytest.param(form, marks=[pytest.mark.slow] * (form == "nested")) for form in ("dict", "nested", "list", "vector")]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.slow
 @pytest.mark.promotes
 @pytest.mark.parametrize("constructor", ["supervised", "from_keras"])

@@ -102,14 +102,14 @@ def assert_trains_as_in_optax_loop(transformation: Transformation, arguments: se
     assert all(moved)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(6)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", slow_after_first(KEEP_WEIGHTS))
 def test_a_transformation_that_keeps_the_weights_in_its_state_trains(name: str) -> None:
     assert_trains_as_in_optax_loop(KEEP_WEIGHTS[name](), set())
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(4)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", slow_after_first(ASK_FOR_OBJECTIVE))
 def test_a_transformation_gets_the_loss_of_the_same_batch_and_the_same_random_numbers_at_other_weights(name: str) -> None:

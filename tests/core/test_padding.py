@@ -50,6 +50,7 @@ WEIGHTS = RNG.uniform(0.5, 2, 5).astype("float32")
 XENT = keras.losses.SparseCategoricalCrossentropy
 
 
+@pytest.mark.sample(4)
 @pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum", "mean_with_sample_weight"])
 @pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["plain", "weighted"])

@@ -114,7 +114,7 @@ def assert_same_bits(actual: Any, expected: Any) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", slow_after_first(MODELS))
 def test_fused_steps_and_gathered_batches_give_the_bits_of_single_steps(name: str) -> None:

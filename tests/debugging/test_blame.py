@@ -117,7 +117,7 @@ FAULTS = (poisoned_row, infinite_gradient, poisoned_weights, overflow)
 CASES = {f"{fault.__name__} {model}": (fault, build) for fault in FAULTS for model, build in MODELS.items()}
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @pytest.mark.promotes
 @pytest.mark.parametrize("name", slow_after_first(CASES))
 def test_the_layer_and_the_rows_of_a_planted_fault_are_found(name: str) -> None:

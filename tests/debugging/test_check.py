@@ -17,7 +17,7 @@ def marks(name: str) -> list[Any]:
     return [pytest.mark.promotes] + [pytest.mark.slow] * (name not in FAST)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in EQUAL])
 def test_models_of_many_kinds_train_as_in_keras_fit_to_the_last_bit(name: str) -> None:
     model, arguments, batch = EQUAL[name]()
@@ -27,6 +27,7 @@ def test_models_of_many_kinds_train_as_in_keras_fit_to_the_last_bit(name: str) -
     assert {"weights", "slots", "metrics", "logs"} <= {row.group for row in found.tensors}
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in DEVIATING])
 def test_a_difference_that_is_meant_has_the_name_of_the_deviation(name: str) -> None:
     build, deviation = DEVIATING[name]

@@ -172,6 +172,7 @@ def test_a_run_stops_at_a_bad_step_in_one_line_and_goes_on_with_another_option(t
     assert read_decisions(tmp_path / "run") == (Decision(30, 29, NONFINITE),)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "decision"),
@@ -219,6 +220,7 @@ def test_a_run_stops_after_max_skips(tmp_path: Path) -> None:
     assert [each.step for each in read_decisions(tmp_path / "run")] == [30, 31]
 
 
+@pytest.mark.complete
 @pytest.mark.slow
 def test_on_a_mesh_a_bad_step_is_found_and_steps_are_replayed_too(tmp_path: Path) -> None:
     four = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}

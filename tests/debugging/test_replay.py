@@ -33,6 +33,7 @@ def digests(learner: research.Learner, data: research.Batches, steps: int) -> di
     return found
 
 
+@pytest.mark.complete
 @pytest.mark.slow
 def test_replayed_states_are_those_of_the_run(gan_run: Path) -> None:
     run = load_run(str(gan_run))

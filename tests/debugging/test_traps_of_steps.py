@@ -149,6 +149,7 @@ FOUND_TOO = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("faults", slow_after_first(FAULTS), ids=", ".join)
 def test_a_step_that_falls_into_traps_is_found_by_their_names_and_no_other(faults: tuple[str, ...]) -> None:
     expected = set().union(*(FOUND_TOO.get(fault, {fault}) for fault in faults))

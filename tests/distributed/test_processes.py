@@ -92,6 +92,7 @@ def test_a_checkpoint_of_two_processes_resumes_on_any_number(tmp_path: Path) -> 
         np.testing.assert_allclose([logs["loss"] for logs in resumed["losses"]], [logs["loss"] for logs in expected], rtol=1e-5)
 
 
+@pytest.mark.complete
 @pytest.mark.slow
 def test_a_run_of_two_processes_ends_like_an_undisturbed_one_after_a_stop_and_a_kill(tmp_path: Path) -> None:
     lengths = ["--epochs", "4", "--log-every", "1", "--checkpoint-every", "20"]
@@ -338,6 +339,7 @@ def test_the_functions_of_an_experiment_work_in_several_processes(tmp_path: Path
     assert (tmp_path / "2" / "plots" / "scatter.png").is_file()
 
 
+@pytest.mark.complete
 @pytest.mark.slow
 def test_a_shipped_experiment_measures_and_draws_in_several_processes(tmp_path: Path) -> None:
     options = ["losses", "--variation", "metrics", "--steps", 3, "--mesh", "data=4", "--run-dir", tmp_path / "run"]
@@ -386,6 +388,7 @@ for values, reference in zip(trained(learner, distributed.shard_batches(data, me
 """
 
 
+@pytest.mark.complete
 @pytest.mark.slow
 def test_a_hook_predicts_in_several_processes() -> None:
     done = run_together([[sys.executable, "-P", "-c", IN_A_HOOK]] * 2, 2)

@@ -46,6 +46,7 @@ def batches(size: int = 32) -> research.Batches:
     return research.from_arrays(x, Y, WEIGHT, batch_size=size)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean_with_sample_weight"])
 def test_replicas_train_and_evaluate_like_one_device(reduction: str) -> None:
@@ -64,6 +65,7 @@ def test_replicas_train_and_evaluate_like_one_device(reduction: str) -> None:
     )
 
 
+@pytest.mark.complete
 @pytest.mark.slow
 def test_each_replica_computes_all_of_a_batch_that_does_not_divide() -> None:
     keras.utils.set_random_seed(1)

@@ -82,7 +82,7 @@ def train(learner: research.Learner, data: research.Batches, state: Any, steps: 
     return state, losses
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @pytest.mark.slow
 @pytest.mark.parametrize("axes", MESHES)
 @pytest.mark.parametrize("model", MODELS)
@@ -228,6 +228,7 @@ def test_each_accumulated_part_is_spread_over_all_devices() -> None:
     assert not re.search(r" (all-gather|all-to-all|collective-permute)", program)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("axes", ["data", "all"])
 def test_adam_magnifies_rounding_little(axes: str) -> None:
@@ -240,6 +241,7 @@ def test_adam_magnifies_rounding_little(axes: str) -> None:
     np.testing.assert_allclose(sharded_losses, losses, rtol=1e-4)
 
 
+@pytest.mark.complete
 @pytest.mark.slow
 def test_a_checkpoint_of_one_mesh_resumes_on_any_other(tmp_path: Any) -> None:
     from research.training import checkpoint
@@ -276,6 +278,7 @@ def test_evaluation_and_prediction_are_exact_for_batches_that_do_not_divide(size
     np.testing.assert_allclose(outputs, research.predict(single, data, single.init()), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.complete
 @pytest.mark.slow
 def test_a_long_evaluation_does_not_deadlock() -> None:
     """A thread per device runs programs that wait for each other: with too many dispatched at once, all wait for ever."""

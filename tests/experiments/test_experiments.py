@@ -56,6 +56,7 @@ def test_its_config_is_frozen_and_documented_and_has_the_options_of_every_run(na
     assert {field.name for field in dataclasses.fields(config)} <= documented
 
 
+@pytest.mark.sample(2, 1)
 @pytest.mark.slow
 def test_it_builds_from_shapes_and_lowers_on_eight_devices(name: str) -> None:
     experiment = module(name)
@@ -75,6 +76,7 @@ def test_it_builds_from_shapes_and_lowers_on_eight_devices(name: str) -> None:
         assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), shapes)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.slow
 def test_it_takes_two_steps(name: str) -> None:
     experiment = module(name)

@@ -37,6 +37,7 @@ def test_presets_have_the_published_number_of_parameters(preset: Any, parameters
     assert research.count_parameters(shapes) == parameters
 
 
+@pytest.mark.complete
 def test_remat_of_each_block_changes_no_number() -> None:
     state, losses = train(TINY, 3)
     remat_state, remat_losses = train(replace(TINY, remat=True), 3)
@@ -64,6 +65,7 @@ def test_greedy_generation_equals_that_of_a_network_without_a_cache() -> None:
     np.testing.assert_array_equal(generated, tokens[:, 6:])
 
 
+@pytest.mark.complete
 def test_training_on_a_mesh_that_splits_heads_equals_training_on_one_device() -> None:
     _, losses = train(TINY, 20)
     state, mesh_losses = train(replace(TINY, remat=True), 20, {"data": 2, "fsdp": 2, "tensor": 2})

@@ -53,6 +53,7 @@ def primitives(function: Any, *args: Any) -> list[str]:
 # --- the network
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("preset", "vocabulary", "parameters"),
     [
@@ -107,6 +108,7 @@ def test_mixed_precision_keeps_weights_and_logits_in_float32_and_stays_inside_th
     np.testing.assert_allclose(logits, float32_logits, atol=0.1)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_remat_changes_no_number(dropout: float) -> None:
     stored, recomputed = (replace(TINY, remat=remat, dropout=dropout) for remat in (False, True))
@@ -148,6 +150,7 @@ def test_dropout_keeps_the_mean_and_depends_on_the_key() -> None:
     assert gpt.dropout(ones, 0.25, None, 0) is ones
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("remat", [False, True])
 def test_micro_batches_give_the_result_of_the_full_batch(remat: bool) -> None:
     state, losses = train(replace(TINY, sums="exact"), 3)
@@ -191,6 +194,7 @@ def test_the_learning_rate_warms_up_and_decays_and_biases_and_norms_have_no_weig
         assert bool((np.asarray(a) == np.asarray(b)).all()) == excluded, name
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "options",
     [{}, {"dropout": 0.2, "remat": True, "accumulate": 2, "context": 8}],

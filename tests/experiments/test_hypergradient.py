@@ -21,6 +21,7 @@ def test_the_data_are_those_of_the_package_mnist1d() -> None:
     assert hashlib.sha256(y.tobytes()).hexdigest()[:16] == "343d27bb023cbbfe"
 
 
+@pytest.mark.complete
 def test_the_gradient_is_that_of_central_differences_and_both_rates_move_to_the_best_one() -> None:
     config = hypergradient.Config(inner_steps=40, epochs=25)
     learner, mean_loss = hypergradient.algorithm(config)

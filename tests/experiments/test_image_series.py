@@ -34,6 +34,7 @@ def network(config: Config) -> keras.Model:
     return image_series.network(config)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("score_loss", ["mse", "none"])
 @pytest.mark.parametrize("by", ["name", "position"])
 def test_three_steps_equal_keras_train_on_batch_bit_for_bit(by: str, score_loss: str) -> None:
@@ -125,6 +126,7 @@ def test_no_image_is_in_two_splits() -> None:
     assert len(set.union(*images)) == sum(map(len, images))
 
 
+@pytest.mark.complete
 def test_both_inputs_together_are_learned_and_one_alone_stays_at_chance() -> None:
     logs = {}
     for inputs in ("both", "image", "series"):

@@ -98,6 +98,7 @@ def test_merged_weights_are_a_plain_file_that_predicts_what_the_adapted_network_
         np.testing.assert_array_equal(value, base[1][name])
 
 
+@pytest.mark.complete
 def test_training_on_a_mesh_equals_training_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpt, "optimizer", lambda config: keras.optimizers.SGD(0.1))  # Adam would amplify rounding errors
     state, losses = language_models.train(lora, TINY, 5)
@@ -107,6 +108,7 @@ def test_training_on_a_mesh_equals_training_on_one_device(monkeypatch: pytest.Mo
     assert any("fsdp" in leaf.sharding.spec for leaf in mesh_state.non_trainable)
 
 
+@pytest.mark.complete
 def test_a_run_from_a_file_resumes_bit_for_bit_and_writes_the_merged_weights(
     base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

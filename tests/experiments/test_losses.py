@@ -37,6 +37,7 @@ def trained(config: losses.Config) -> tuple[research.State, list[dict[str, float
     return state, logs
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "config",
     [pytest.param(config, id=name, marks=[pytest.mark.slow] * (name not in FAST)) for name, config in EQUAL_TO_KERAS.items()],

@@ -56,6 +56,7 @@ def run(tmp_path: Path) -> Path:
     return directory
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("balanced", [True, False])
 def test_three_steps_equal_keras_train_on_batch_bit_for_bit(balanced: bool) -> None:
     config = Config(units=8, balanced=balanced, batch_size=SIZE)

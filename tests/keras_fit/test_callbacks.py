@@ -86,6 +86,7 @@ def file_contents(path: Path) -> list[Any]:
     return [path.read_text()]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", CALLBACKS)
 def test_a_callback_has_the_same_effect_as_under_keras(name: str, tmp_path: Path) -> None:
     make_callbacks, options = CALLBACKS[name]

@@ -47,7 +47,7 @@ MODES = ("one step per dispatch", "steps_per_execution=3")
 CASES_IN_ALL_MODES = ("norm-adamw-schedule", "norm-ema", "two-outputs-weighted")
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(("name", "mode"), [*((name, "fused") for name in CASES), *itertools.product(CASES_IN_ALL_MODES, MODES)])
 def test_fit_equals_keras_bit_for_bit_with_shuffling_and_validation(name: str, mode: str) -> None:
     case = CASES[name]

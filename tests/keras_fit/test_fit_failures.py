@@ -19,6 +19,7 @@ import research
 pytestmark = [pytest.mark.promotes, pytest.mark.slow]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "hook", ["on_epoch_end", "on_train_batch_begin", "on_train_batch_end", "on_test_batch_end", "on_epoch_begin"]
 )

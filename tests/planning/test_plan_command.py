@@ -88,6 +88,7 @@ def test_a_search_needs_a_config_with_a_batch_size(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("options", "remark"),
     [
@@ -157,6 +158,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.promotes  # KerasHub mixes dtypes in gemma
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_documented_command_reaches_the_compiler(

@@ -80,6 +80,7 @@ def test_a_batch_that_can_not_be_compiled_ends_the_search_with_the_largest_that_
     assert [result["batch"] for result in json.loads((tmp_path / "search.json").read_text())["tried"]] == [8, 16, 32]
 
 
+@pytest.mark.complete
 def test_a_search_skips_trials_that_can_not_be_faster_or_fit(
     libtpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
 ) -> None:

@@ -25,6 +25,7 @@ def random_inputs(model: keras.Model) -> Any:
     return keras.tree.pack_sequence_as(model.input, arrays)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.slow
 @each_model
 def test_every_parameter_belongs_to_exactly_one_node(build: Callable[[], keras.Model]) -> None:
@@ -83,6 +84,7 @@ def test_frozen_layers_are_marked() -> None:
     assert [node.name for node in model_graph(model).nodes if node.frozen] == ["priority"]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.slow
 @pytest.mark.promotes
 @each_model_with_graph

@@ -216,7 +216,7 @@ def test_importing_reporting_does_not_import_tensorboard() -> None:
 SETTINGS = ("digits", "--epochs", "40", "--checkpoint-every", "180", "--log-every", "30")
 
 
-@pytest.mark.sample(2)
+@pytest.mark.complete
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_and_resumed_run_shows_what_an_uninterrupted_one_does(number: signal.Signals, tmp_path: Path) -> None:
     run, uninterrupted = tmp_path / "run", tmp_path / "uninterrupted"

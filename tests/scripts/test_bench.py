@@ -104,6 +104,7 @@ def test_the_figure_has_a_panel_for_each_workload_and_a_point_for_each_system(re
         assert sum(line.get_marker() == "o" for line in axes.lines) == len(systems)
 
 
+@pytest.mark.complete
 @pytest.mark.slow
 def test_it_measures_writes_and_resumes(tmp_path: Path) -> None:
     options = ["--systems", "research", "jax-scan", "keras-jax", "--rounds", "2", "--seconds", "0.05", "--sessions", "1"]

@@ -148,6 +148,7 @@ def test_no_command_writes_through_a_file_that_is_a_link_or_waits_for_a_pipe(
     assert tree(outside) == before
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "name", ["config.json", "versions.json", "metrics.jsonl", "performance.jsonl", "summary.json", "report.html"]
 )

@@ -140,6 +140,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("damage", slow_after_first(DAMAGES))
 def test_a_damaged_checkpoint_is_reported_and_skipped(damage: str, tmp_path: Path) -> None:
     classifier, directory = learner(), tmp_path / "checkpoints"

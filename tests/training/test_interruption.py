@@ -37,6 +37,7 @@ def start_run(arguments: list[str], cwd: Path) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_reports_how_to_resume_and_exits_with_75(
     number: signal.Signals, run_arguments: list[str], tmp_path: Path
@@ -67,6 +68,7 @@ def test_two_processes_can_not_run_in_one_directory(run_arguments: list[str], tm
     assert second.stderr.splitlines()[-1].endswith("another process is running in it; wait for it, or choose another.")
 
 
+@pytest.mark.complete
 def test_runs_killed_and_resumed_at_random_moments_end_bitwise_equal() -> None:
     faults = "kill,power-cut"
     done = subprocess.run(
@@ -81,6 +83,7 @@ def test_runs_killed_and_resumed_at_random_moments_end_bitwise_equal() -> None:
     assert "2 of 2 equal to the last bit" in done.stdout
 
 
+@pytest.mark.complete
 def test_a_full_disk_is_reported_in_one_line_and_loses_nothing(run_arguments: list[str], tmp_path: Path) -> None:
     process = start_run(run_arguments, tmp_path)
     process.terminate()

@@ -21,6 +21,7 @@ import research
 from research import transforms
 from research.distributed import layouts, mesh, shard
 from research.training import checkpoint
+from research.transforms.population import PopulationState
 
 RNG = np.random.default_rng(0)
 BATCHES = [research.Batch(*(jnp.asarray(RNG.normal(size=(16, n)).astype("float32")) for n in (4, 1))) for _ in range(3)]
@@ -49,7 +50,7 @@ def from_loss(seed: int, options: dict[str, Any]) -> research.Learner:
     return research.learner(loss, [model, noise], example=BATCH, predict=lambda batch: model(batch.x), **options)
 
 
-def joint(seed: int, options: dict[str, Any]) -> research.Learner:
+def joint(seed: int, options: dict[str, Any], wrap: Callable[[Any], Any] = lambda learner: learner) -> research.Learner:
     keras.utils.set_random_seed(seed)
     code, head = net(4, "code"), net(1, "head")
 
@@ -62,7 +63,7 @@ def joint(seed: int, options: dict[str, Any]) -> research.Learner:
     first, second = (fresh_optimizer(options) for _ in range(2))
     return research.joint(
         {
-            "code": research.learner(of_code, code, example=BATCH, **first),
+            "code": wrap(research.learner(of_code, code, example=BATCH, **first)),
             "head": research.learner(of_head, head, example=BATCH, **second),
         },
         predict=lambda functions, state, batch: functions["code"](state, batch),
@@ -100,8 +101,8 @@ OF_LEARNERS = {
     "ema": lambda learner, seed: transforms.ema(learner, 0.9),
     "skip_nonfinite": lambda learner, seed: transforms.skip_nonfinite(learner, BATCH),
 }
-NAMES = ["by_path", *OF_OBJECTIVES, *OF_GRADIENTS, *OF_LEARNERS, "population"]
-LEVELS = [["by_path"], [*OF_OBJECTIVES], [*OF_GRADIENTS], [*OF_LEARNERS, "population"]]
+NAMES = ["by_path", *OF_OBJECTIVES, *OF_GRADIENTS, "private", *OF_LEARNERS, "population", "evolve"]
+LEVELS = [["by_path"], [*OF_OBJECTIVES], [*OF_GRADIENTS, "private"], [*OF_LEARNERS, "population", "evolve"]]
 
 
 def level(name: str) -> int:
@@ -114,10 +115,13 @@ def compose(base: str, names: tuple[str, ...]) -> research.Learner:
     def rules() -> Any:
         return transforms.by_path({"last/": keras.optimizers.SGD(0.02), "": keras.optimizers.SGD(0.05, momentum=0.9)})
 
-    options: dict[str, Any] = {"optimizer": partial(keras.optimizers.SGD, 0.05)}
-    if "by_path" in names:
-        options["optimizer"] = rules
-    for kind, table in (("objective_transform", OF_OBJECTIVES), ("gradient_transform", OF_GRADIENTS)):
+    def private(seed: int = 0) -> dict[str, Any]:
+        return transforms.private(optimizer(), max_norm=0.3, noise=0.1, batch_size=16, seed=seed)
+
+    optimizer: Any = rules if "by_path" in names else partial(keras.optimizers.SGD, 0.05)
+    options: dict[str, Any] = {"optimizer": (lambda: private()["optimizer"]) if "private" in names else optimizer}
+    of_gradients = {**OF_GRADIENTS, "private": private()["gradient_transform"]}
+    for kind, table in (("objective_transform", OF_OBJECTIVES), ("gradient_transform", of_gradients)):
         chosen = [table[name] for name in names if name in table]
         if chosen:
             options[kind] = partial(apply_all, chosen)
@@ -127,6 +131,8 @@ def compose(base: str, names: tuple[str, ...]) -> research.Learner:
             make = partial(wrapped, make, OF_LEARNERS[name])
         elif name == "population":
             make = partial(populated, make)
+        elif name == "evolve":
+            make = partial(evolving, make)
     return make(0)
 
 
@@ -142,6 +148,13 @@ def wrapped(make: Make, wrap: Any, seed: int) -> research.Learner:
 
 def populated(make: Make, seed: int) -> research.Learner:
     return transforms.population(make, 2, example=BATCH)
+
+
+def evolving(make: Make, seed: int) -> research.Learner:
+    learner = make(seed)
+    if not isinstance(learner.names, PopulationState):
+        learner = transforms.population(make, 3, example=BATCH)  # so that one stays as it is
+    return transforms.evolve(learner, every=2, metric="loss", mode="min", seed=seed)
 
 
 def run(learner: research.Learner, state: Any, batches: Any) -> Any:
@@ -172,14 +185,23 @@ def assert_composes(learner: research.Learner, directory: Path) -> None:
 PAIRS = [pair for pair in itertools.permutations(NAMES, 2) if level(pair[0]) <= level(pair[1])]
 CASES = [(base, pair) for pair in PAIRS for base in BASES]
 # The inner one, then the outer one.
-ERRORS = {("accumulate", "clip_per_example"): "a batch of 1 examples cannot be split into 2 equal micro-batches"}
-COMMUTING = {("augment", "ema"), ("augment", "skip_nonfinite"), ("ema", "skip_nonfinite"), ("ema", "population")} | {
-    ("skip_nonfinite", "population")
+ERRORS = dict.fromkeys(
+    [("accumulate", "clip_per_example"), ("accumulate", "private")],
+    "a batch of 1 examples cannot be split into 2 equal micro-batches",
+)
+COMMUTING = {
+    ("clip_per_example", "private"),
+    ("augment", "ema"),
+    ("augment", "skip_nonfinite"),
+    ("ema", "skip_nonfinite"),
+    ("ema", "population"),
+    ("skip_nonfinite", "population"),
+    ("skip_nonfinite", "evolve"),
 }
 
 
+@pytest.mark.sample(31)
 @pytest.mark.slow
-@pytest.mark.sample(13)
 @pytest.mark.promotes
 @pytest.mark.parametrize(("base", "pair"), CASES, ids=lambda value: value if isinstance(value, str) else "-".join(value))
 def test_each_pair_composes(base: str, pair: tuple[str, str], tmp_path: Path) -> None:
@@ -203,8 +225,40 @@ def test_which_orders_give_the_same(pair: tuple[str, str]) -> None:
         learner = compose("supervised", names)
         state, logs = run(learner, learner.init(), BATCHES)
         results.append((logs["loss"], learner.predict(state, BATCH)))
-    same = all(np.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(*results, strict=True))
+    pairs = zip(*results, strict=True)
+    same = all(a.shape == b.shape and np.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in pairs)
     assert same == (pair in COMMUTING)
+
+
+@pytest.mark.slow
+@pytest.mark.sample(7)
+@pytest.mark.promotes
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("name", NAMES)
+def test_unroll_of_a_learner_with_any_transform_has_its_values_and_derivatives(base: str, name: str) -> None:
+    learner = compose(base, (name,))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *BATCHES)
+    unrolled = jax.jit(transforms.unroll(learner, 3))
+    state, logs = unrolled(learner.init(), stacked)
+    expected, last = run(learner, learner.init(), BATCHES)
+    assert_close((state, logs["loss"][-1]), (expected, last["loss"]))
+
+    def total(x: Any) -> Any:
+        return unrolled(learner.init(), stacked._replace(x=x))[1]["loss"].sum()
+
+    gradient, direction = jax.grad(total)(stacked.x), jnp.asarray(RNG.normal(size=stacked.x.shape).astype("float32"))
+    step = 3e-3
+    difference = (total(stacked.x + step * direction) - total(stacked.x - step * direction)) / (2 * step)
+    np.testing.assert_allclose((gradient * direction).sum(), difference, rtol=3e-2, atol=3e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.promotes
+@pytest.mark.parametrize("name", ["augment", "ema"])
+def test_learners_that_are_joined_may_have_transforms(name: str, tmp_path: Path) -> None:
+    assert_composes(
+        joint(0, {"optimizer": partial(keras.optimizers.SGD, 0.05)}, lambda each: OF_LEARNERS[name](each, 0)), tmp_path
+    )
 
 
 def test_the_page_about_transforms_has_the_table_that_is_tested() -> None:
