@@ -1,5 +1,6 @@
 """Differentially private training: DP-SGD of Abadi et al. (2016, arXiv:1607.00133) with any optimizer."""
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -78,13 +79,20 @@ def noise_for(*, epsilon: float | int, batch_size: int, examples: int, steps: in
     check_positive(epsilon, "noise_for: epsilon")
     _check_sampling("noise_for", batch_size, examples, steps, delta)
     accounting = _dp_accounting("noise_for")
-    noise = accounting.calibrate_dp_mechanism(
-        accounting.rdp.RdpAccountant,
-        lambda noise: _noisy_steps(accounting, noise, batch_size / examples, steps),
-        epsilon,
-        delta,
-        accounting.LowerEndpointAndGuess(1e-3, 1.0),
-    )
+    # On its way the search tries so little noise that some orders' sums do not converge. They are left out, with a warning each.
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        noise = accounting.calibrate_dp_mechanism(
+            accounting.rdp.RdpAccountant,
+            lambda noise: _noisy_steps(accounting, noise, batch_size / examples, steps),
+            epsilon,
+            delta,
+            accounting.LowerEndpointAndGuess(1e-3, 1.0),
+        )
+    finally:
+        logger.setLevel(level)
     return float(noise)
 
 

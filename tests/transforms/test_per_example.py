@@ -220,6 +220,12 @@ def test_poisson_batches_hold_each_example_with_the_same_probability() -> None:
     assert max(int(small.batch(step).valid.sum()) for step in range(50)) == 40
 
 
+@pytest.mark.promotes
+def test_the_search_for_a_noise_says_nothing_about_what_it_tried(caplog: pytest.LogCaptureFixture) -> None:
+    assert noise_for(epsilon=3.0, batch_size=256, examples=1437, steps=180, delta=1e-5) == pytest.approx(3.745, abs=1e-3)
+    assert not caplog.records
+
+
 @pytest.mark.slow
 @pytest.mark.promotes
 @pytest.mark.parametrize("target", [0.5, 3.0, 20.0])
