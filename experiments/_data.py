@@ -66,7 +66,7 @@ def lazy_splits(
 def read_digits() -> tuple[UInt8[np.ndarray, "1797 8 8"], Int[np.ndarray, " 1797"]]:
     """Returns scikit-learn's handwritten digits: images with pixels of 0 to 16, and their int32 labels.
 
-    Reads the file of `sklearn.datasets.load_digits`: importing that would take a quarter of the time that a run takes to start.
+    Reads the file of `sklearn.datasets.load_digits`: that module is slow to import, and a run needs nothing else of it.
 
     >>> images, labels = read_digits()
     >>> images.max(), labels[:5].tolist()

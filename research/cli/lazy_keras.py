@@ -1,6 +1,6 @@
 """Parts of Keras that a command loads only once it uses them.
 
-Keras imports scikit-learn for `keras.wrappers` and matplotlib for `keras.visualization`, which is a third of the time that
+Keras imports scikit-learn for `keras.wrappers` and matplotlib for `keras.visualization`, about half of the time that
 `import keras` takes. In a process of the `research` command their names stay, and the first use of an attribute loads them.
 """
 
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-# The last is private: Keras itself imports it there, and tests/cli/test_startup.py guards that nothing else does.
+# The last is private: Keras itself imports it there, and tests/cli/test_startup.py guards that this list is enough.
 MODULES = (
     "keras.wrappers",
     "keras._tf_keras.keras.wrappers",
