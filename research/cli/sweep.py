@@ -137,7 +137,10 @@ class Sweep:
 
     def run(self) -> int:
         """Runs trials until there are enough; returns the exit code."""
-        total = self._enqueue()
+        with record.lock(record.Run(self.directory, self.name, {}), "--sweep-dir"):
+            return self._run(self._enqueue())
+
+    def _run(self, total: int) -> int:
         with self._signals(), _progress(total) as show:
             try:
                 while self.stop is None:

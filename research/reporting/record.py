@@ -126,8 +126,8 @@ class Locked(InvalidArgument):
 
 
 @contextmanager
-def lock(run: Run) -> Iterator[None]:
-    """Locks a run's directory for this process; creates it if needed.
+def lock(run: Run, option: str = "--run-dir") -> Iterator[None]:
+    """Locks a run's directory for this process; creates it if needed. Messages call it by the option that says where it is.
 
     Raises `InvalidArgument` if it can't be written to, and `Locked`, which is one, if another process has locked it.
 
@@ -135,7 +135,7 @@ def lock(run: Run) -> Iterator[None]:
     >>> with lock(Run(Path(tempfile.mkdtemp()) / "new", "digits", {})):
     ...     pass
     """
-    prefix = f"--run-dir {run.directory}"
+    prefix = f"{option} {run.directory}"
     try:
         run.directory.mkdir(parents=True, exist_ok=True)
         file = (run.directory / ".lock").open("w")

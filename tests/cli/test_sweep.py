@@ -17,6 +17,7 @@ import optuna
 import pytest
 
 from research.cli import study, sweep, trials
+from research.reporting import record
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_trial.py")))
 
@@ -171,6 +172,14 @@ def test_the_members_of_a_population_are_trials_of_one_run() -> None:
     assert values == {rate: pytest.approx((rate - 0.3) ** 2 + 0.5) for rate in values}
     runs = {trial.user_attrs["run"] for trial in found()}
     assert runs == {"s/trial-0000", "s/trial-0004"}
+
+
+def test_two_sweeps_do_not_share_a_directory(capsys: pytest.CaptureFixture[str]) -> None:
+    with record.lock(record.Run(Path("s"), "digits", {})):
+        assert run("--trials", "1", *RATE) == 1
+    assert capsys.readouterr().err == (
+        "error: --sweep-dir s: another process is running in it; wait for it, or choose another.\n"
+    )
 
 
 def test_a_sweep_does_not_go_on_with_another_space(capsys: pytest.CaptureFixture[str]) -> None:
