@@ -100,7 +100,7 @@ torture *args: _core
 
 # Everything that CI checks: format, lint, types, imports, tests and doctests, then what needs TensorFlow and PyTorch.
 [no-exit-message]
-test *args: _dev _peers _libtpu _hub
+test *args: _dev _peers _libtpu _hub _series
     @"{{ bin }}/ruff" format --check
     @"{{ bin }}/ruff" check
     @"{{ bin }}/mypy"
@@ -188,6 +188,17 @@ _libtpu: _core
     rm -rf "$folder"
     "{{ bin }}/python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$folder" "$wanted"
     echo "$wanted" > "$folder/.installed"
+
+# The time series of `just run series`: the package that has the files, without what its code depends on.
+[no-exit-message]
+_series: _core
+    #!/bin/sh
+    set -eu
+    marker="{{ root }}/.venv/.installed-series"
+    wanted=$(grep '^aeon==' "{{ root }}/constraints.txt")
+    if [ "$(cat "$marker" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
+    "{{ bin }}/python" -m pip install --quiet --disable-pip-version-check --no-deps "$wanted"
+    echo "$wanted" > "$marker"
 
 # KerasHub without tensorflow-text, which would install TensorFlow and which no network needs.
 [no-exit-message]
