@@ -11,6 +11,7 @@ behind. What it knows is in sweep.db there: the same command with --sweep-dir go
 import argparse
 import collections
 import contextlib
+import re
 import signal
 import socket
 import time
@@ -129,7 +130,6 @@ class Sweep:
         self.name = own.name if own.name.endswith(".py") else experiment.name
         self.directory = own.sweep_dir or record.new_directory(f"{experiment.name}/sweep", Path("runs"))
         self.study = open_study(own, self.directory, experiment.name, others)
-        self.host = socket.gethostname()
         self.running: list[TrialRun] = []
         self.stop: int | None = None
         self.failures = 0
@@ -147,7 +147,7 @@ class Sweep:
                     self._start_runs(total)
                     if not self.running:
                         break
-                    self._poll(total)
+                    self._poll()
                     show(len(finished(self.study)))
                     time.sleep(POLL_SECONDS)
             finally:
@@ -163,8 +163,7 @@ class Sweep:
         from optuna.trial import TrialState
 
         for trial in latest(self.study):
-            own = trial.user_attrs.get("host") == self.host and trial.user_attrs.get("sweep") == str(self.directory.resolve())
-            if trial.state == TrialState.RUNNING and own:
+            if trial.state == TrialState.RUNNING and self._is_here(trial):
                 self.study.tell(trial.number, state=TrialState.FAIL)
                 self.study.enqueue_trial(trial.params, user_attrs=trial.user_attrs)
         if self.own.sampler != "grid":
@@ -184,23 +183,29 @@ class Sweep:
             size = first.user_attrs.get("members", min(self.own.population, missing))
             trials = [first, *(self.study.ask(self.space) for _ in range(size - 1))]
             values = [trial.params for trial in trials]
-            options = option_list(values[0]) if self.own.population == 1 else population_options(values)
+            options = option_list(values[0]) if size == self.own.population == 1 else population_options(values)
             directory = self._directory(trials)
             for i, trial in enumerate(trials):
-                where = {"run": str(directory), "member": i, "members": size, "host": self.host}
-                for name, value in {**where, "sweep": str(self.directory.resolve())}.items():
+                for name, value in {**self._place(), "run": directory.name, "member": i, "members": size}.items():
                     trial.set_user_attr(name, value)
             self.running.append(TrialRun(trials, directory, [self.name, *self.others, *options], self.best))
 
+    def _place(self) -> dict[str, str]:
+        """Returns where the runs of this sweep are: trials of a shared storage may have been run elsewhere."""
+        return {"sweep": str(self.directory.resolve()), "host": socket.gethostname()}
+
+    def _is_here(self, trial: "Trial | FrozenTrial") -> bool:
+        return all(trial.user_attrs.get(name) == value for name, value in self._place().items())
+
     def _directory(self, trials: "list[Trial]") -> Path:
         """Returns the directory of a run: a new one, or that of an interrupted run of the same trials here."""
-        where = {(each.user_attrs.get("run"), each.user_attrs.get("sweep"), each.user_attrs.get("host")) for each in trials}
-        run, sweep, host = next(iter(where))
-        if run and len(where) == 1 and sweep == str(self.directory.resolve()) and host == self.host:
-            return Path(run)
+        names = {str(each.user_attrs.get("run")) for each in trials}
+        name = names.pop()
+        if not names and re.fullmatch("trial-[0-9]+", name) and all(map(self._is_here, trials)):
+            return self.directory / name
         return self.directory / f"trial-{trials[0].number:04d}"
 
-    def _poll(self, total: int) -> None:
+    def _poll(self) -> None:
         """Reports what the runs have logged, stops those that fall behind, and takes the values of those that have ended."""
         for run in list(self.running):
             run.report()
@@ -304,7 +309,7 @@ def _as_row(trial: "FrozenTrial") -> sweep_page.Trial:
         state=STATES[trial.state.name],
         value=trial.value if trial.state.name == "COMPLETE" else None,
         values=trial.params,
-        run=Path(attributes["run"]) if "run" in attributes else None,
+        run=Path(attributes["sweep"], attributes["run"]) if "run" in attributes else None,
         why=attributes.get("why", ""),
         curve=list(trial.intermediate_values.items()),
     )

@@ -171,7 +171,7 @@ def test_the_members_of_a_population_are_trials_of_one_run() -> None:
     values = {trial.params["learning_rate"]: trial.value for trial in found()}
     assert values == {rate: pytest.approx((rate - 0.3) ** 2 + 0.5) for rate in values}
     runs = {trial.user_attrs["run"] for trial in found()}
-    assert runs == {"s/trial-0000", "s/trial-0004"}
+    assert runs == {"trial-0000", "trial-0004"}
 
 
 def test_two_sweeps_do_not_share_a_directory(capsys: pytest.CaptureFixture[str]) -> None:
