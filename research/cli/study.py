@@ -1,8 +1,10 @@
 """The study of a sweep, in which Optuna keeps its trials: opened, continued and read."""
 
 import argparse
+import contextlib
 import itertools
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,17 +29,20 @@ def check_optuna() -> None:
         raise InvalidArgument("a sweep needs Optuna: pip install 'research[sweep]'.") from error
 
 
-def open_study(own: argparse.Namespace, directory: Path, experiment: str, arguments: list[str]) -> "Study":
-    """Returns the study of a sweep, new or of an earlier start. Raises `InvalidArgument` if it can't be or is another's."""
+@contextlib.contextmanager
+def open_study(own: argparse.Namespace, directory: Path, experiment: str, arguments: list[str]) -> "Iterator[Study]":
+    """Yields the study of a sweep, new or of an earlier start. Raises `InvalidArgument` if it can't be or is another's."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     storage = own.storage or f"sqlite:///{directory.resolve() / 'sweep.db'}"
     name = own.study or experiment
     direction = optuna.study.StudyDirection.MAXIMIZE if own.metric.endswith(":max") else optuna.study.StudyDirection.MINIMIZE
+    database = None
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        study = optuna.create_study(study_name=name, storage=storage, direction=direction, load_if_exists=True)
+        database = optuna.storages.RDBStorage(storage)
+        study = optuna.create_study(study_name=name, storage=database, direction=direction, load_if_exists=True)
         identity = {"experiment": experiment, "options": arguments, "vary": own.vary, "metric": own.metric}
         for key, value in identity.items():
             recorded = study.user_attrs.get(key, value)
@@ -48,8 +53,10 @@ def open_study(own: argparse.Namespace, directory: Path, experiment: str, argume
                 )
             study.set_user_attr(key, value)
     except InvalidArgument:
+        _close(database)
         raise
     except Exception as error:  # of the file system, the database or its driver
+        _close(database)
         place = f"--storage {own.storage}" if own.storage else f"--sweep-dir {directory}"
         raise InvalidArgument(f"{place}: it can't be opened ({one_line(error)[:300]}); choose another.") from error
     samplers, pruners = optuna.samplers, optuna.pruners
@@ -57,7 +64,17 @@ def open_study(own: argparse.Namespace, directory: Path, experiment: str, argume
     study.sampler = samplers.TPESampler(seed=seed) if own.sampler == "tpe" else samplers.RandomSampler(seed=seed)
     chosen = {"median": pruners.MedianPruner, "halving": pruners.SuccessiveHalvingPruner, "none": pruners.NopPruner}
     study.pruner = chosen[own.pruner]()
-    return study
+    try:
+        yield study
+    finally:
+        _close(database)
+
+
+def _close(database: Any) -> None:
+    """Closes the connections to a database, if it is open: without that they stay until the garbage collector finds them."""
+    if database is not None:
+        database.remove_session()
+        database.engine.dispose()
 
 
 def latest(study: "Study") -> "list[FrozenTrial]":

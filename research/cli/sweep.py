@@ -36,6 +36,7 @@ from research.training.signals import RESUMABLE
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
+    from optuna.study import Study
     from optuna.trial import FrozenTrial, Trial
 
 MAX_FAILURES = 3  # in a row
@@ -66,7 +67,9 @@ def main(arguments: list[str]) -> int:
         space = _search_space(own, annotations(config_class))
         best = parse_best(own.metric)
         assert best is not None
-        return Sweep(experiment, own, others, space, best).run()
+        directory = own.sweep_dir or record.new_directory(f"{experiment.name}/sweep", Path("runs"))
+        with open_study(own, directory, experiment.name, others) as study:
+            return Sweep(experiment, own, others, directory, study, space, best).run()
     except (UnknownExperiment, UsageError) as error:
         return fail(str(error), 2)
     except InvalidArgument as error:
@@ -124,12 +127,17 @@ class Sweep:
     """A sweep: its study, and the runs that are going on."""
 
     def __init__(
-        self, experiment: Experiment, own: argparse.Namespace, others: list[str], space: "dict[str, BaseDistribution]", best: Best
+        self,
+        experiment: Experiment,
+        own: argparse.Namespace,
+        others: list[str],
+        directory: Path,
+        study: "Study",
+        space: "dict[str, BaseDistribution]",
+        best: Best,
     ) -> None:
-        self.own, self.others, self.space, self.best = own, others, space, best
+        self.own, self.others, self.directory, self.study, self.space, self.best = own, others, directory, study, space, best
         self.name = own.name if own.name.endswith(".py") else experiment.name
-        self.directory = own.sweep_dir or record.new_directory(f"{experiment.name}/sweep", Path("runs"))
-        self.study = open_study(own, self.directory, experiment.name, others)
         self.running: list[TrialRun] = []
         self.stop: int | None = None
         self.failures = 0

@@ -31,7 +31,11 @@ def fake_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def found(directory: str = "s") -> list[optuna.trial.FrozenTrial]:
     """The trials of a sweep, without those that were interrupted and taken up again."""
-    return study.latest(optuna.load_study(study_name="digits", storage=f"sqlite:///{directory}/sweep.db"))
+    database = optuna.storages.RDBStorage(f"sqlite:///{directory}/sweep.db")
+    trials = study.latest(optuna.load_study(study_name="digits", storage=database))
+    database.remove_session()
+    database.engine.dispose()
+    return trials
 
 
 def run(*arguments: str, directory: str = "s") -> int:
