@@ -8,9 +8,9 @@ DP-SGD of Abadi et al. (arXiv:1607.00133): the gradient of each example is clipp
 of Papernot et al. (arXiv:2007.14191), with tanh, which keeps gradients small. The noise is what `epsilon` needs for the number of
 steps, by the accountant of `research.transforms.epsilon`.
 
-Expect test_accuracy >= 0.90 after training on 1,437 digits with epsilon 3: 0.900, 0.928, 0.917 of 180 with seeds 0 to 2, and 0.944,
-0.967, 0.944 without privacy. On Fashion-MNIST the third command gives 0.811 (validation 0.826) with epsilon 3 and seed 0; without
-privacy, at a learning rate of 0.2, the validation accuracy is 0.860. The rate of 16 was chosen on the digits.
+Expect test_accuracy >= 0.90 after training on 1,437 digits with epsilon 3: 0.900, 0.928, 0.917 of 180 with seeds 0 to 2, and
+0.944, 0.967, 0.944 without privacy. On Fashion-MNIST the third command gives 0.811 (validation 0.826) with epsilon 3 and seed 0;
+without privacy, at a learning rate of 0.2, the validation accuracy is 0.860. The rate of 16 was chosen on the digits.
 """
 
 import functools
