@@ -156,11 +156,7 @@ _newest:
     fi
     just() { "{{ just_executable() }}" --justfile "{{ justfile() }}" "$@"; }
     just _install .venv-newest newest ".[dev,hub]" constraints-newest.txt "$python"
-    marker="{{ root }}/.venv-newest/.installed-keras-hub"
-    wanted=$(grep '^keras-hub==' "{{ root }}/constraints-newest.txt")
-    if [ "$(cat "$marker" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
-    "{{ newest }}/python" -m pip install --quiet --disable-pip-version-check --no-deps "$wanted"
-    echo "$wanted" > "$marker"
+    just _without_dependencies keras-hub .venv-newest constraints-newest.txt
 
 # Installs the pinned packages into an environment (created if missing, never deleted) if their list has changed.
 [no-exit-message]
@@ -191,25 +187,19 @@ _libtpu: _core
 
 # The time series of `just run series`: the package that has the files, without what its code depends on.
 [no-exit-message]
-_series: _core
-    #!/bin/sh
-    set -eu
-    marker="{{ root }}/.venv/.installed-series"
-    wanted=$(grep '^aeon==' "{{ root }}/constraints.txt")
-    if [ "$(cat "$marker" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
-    "{{ bin }}/python" -m pip install --quiet --disable-pip-version-check --no-deps "$wanted"
-    echo "$wanted" > "$marker"
+_series: _core (_without_dependencies "aeon")
 
 # KerasHub without tensorflow-text, which would install TensorFlow and which no network needs.
 [no-exit-message]
-_hub: _core
+_hub: _core (_install ".venv" "hub" ".[hub]") (_without_dependencies "keras-hub")
+
+# Installs a pinned package without what it depends on.
+[no-exit-message]
+_without_dependencies package venv=".venv" constraints="constraints.txt":
     #!/bin/sh
     set -eu
-    marker="{{ root }}/.venv/.installed-hub"
-    wanted=$(grep '^keras-hub==' "{{ root }}/constraints.txt")
-    if [ "$(cat "$marker" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
-    echo "installing $wanted, half a minute ..." >&2
-    cd "{{ root }}"
-    "{{ bin }}/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[hub]"
-    "{{ bin }}/python" -m pip install --quiet --disable-pip-version-check --no-deps "$wanted"
-    echo "$wanted" > "$marker"
+    venv="{{ root }}/{{ venv }}"
+    wanted=$(grep '^{{ package }}==' "{{ root }}/{{ constraints }}")
+    if [ "$(cat "$venv/.installed-{{ package }}" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$wanted"
+    echo "$wanted" > "$venv/.installed-{{ package }}"

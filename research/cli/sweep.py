@@ -12,6 +12,7 @@ import argparse
 import collections
 import contextlib
 import re
+import shlex
 import signal
 import socket
 import time
@@ -29,7 +30,7 @@ from research.cli.experiment import Experiment, UnknownExperiment, load_experime
 from research.cli.fields import annotations
 from research.cli.options import Options
 from research.cli.study import STATES, best_trial, check_optuna, finished, grid, importances, latest, open_study, started
-from research.cli.trials import Outcome, TrialRun, describe, option_list, population_options, search_space, shell
+from research.cli.trials import Outcome, TrialRun, describe, option_list, population_options, search_space
 from research.core.state import InvalidArgument
 from research.reporting import record, sweep_page
 from research.training.signals import RESUMABLE
@@ -263,6 +264,9 @@ class Sweep:
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         def stop(number: int, _: Any) -> None:
+            if self.stop is not None:  # a second signal does not wait for the runs' checkpoints
+                for run in self.running:
+                    run.process.kill()
             self.stop = number
 
         previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -279,13 +283,13 @@ class Sweep:
             value = getattr(self.own, name)
             if name not in ("name", "sweep_dir") and value != default:
                 given[name] = value
-        return shell(["just", "sweep", self.name, *option_list(given), *self.others])
+        return shlex.join(["just", "sweep", self.name, *option_list(given), *self.others])
 
     def _write_page(self) -> Path:
         """Writes the page of the sweep, and returns its path."""
         trials = [_as_row(trial) for trial in latest(self.study) if trial.state.name != "WAITING"]
         best = best_trial(self.study)
-        command = "" if best is None else shell(["just", "run", self.name, *self.others, *option_list(best.params)])
+        command = "" if best is None else shlex.join(["just", "run", self.name, *self.others, *option_list(best.params)])
         page = sweep_page.Sweep(
             title=f"sweep of {Path(self.name).stem}",
             metric=self.best.metric,
@@ -306,7 +310,7 @@ class Sweep:
         if best is None:
             return fail(f"no trial has a {self.best.metric}; see {page}", 1)
         print(f"best: trial {best.number}, {self.best.metric} {best.value:.4g}")
-        print(f"{shell(['just', 'run', self.name, *self.others, *option_list(best.params)])}\n{page}")
+        print(f"{shlex.join(['just', 'run', self.name, *self.others, *option_list(best.params)])}\n{page}")
         return 0
 
 

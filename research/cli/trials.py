@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import shlex
 import signal
 import subprocess
 import sys
@@ -188,12 +187,3 @@ def describe(values: Mapping[str, Any]) -> str:
     'learning_rate=0.01235 units=64'
     """
     return " ".join(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items())
-
-
-def shell(arguments: Sequence[str]) -> str:
-    """Returns a command line that a shell reads as these arguments.
-
-    >>> shell(["just", "run", "my run"])
-    "just run 'my run'"
-    """
-    return shlex.join(arguments)

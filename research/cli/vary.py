@@ -97,16 +97,11 @@ def read_values(varied: Varied, texts: Sequence[str]) -> list[Any]:
         values = [read_value(varied.annotation, text.strip()) for text in texts]
     except InvalidArgument as error:
         raise InvalidArgument(f"--vary {varied.part}: {error}.") from None
-    check_values(varied, values)
-    return values
-
-
-def check_values(varied: Varied, values: Sequence[Any]) -> None:
-    """Raises `InvalidArgument` for a value outside of the interval of a field."""
     for value in values:
         interval = outside(varied.annotation, value)
         if interval is not None:
             raise InvalidArgument(f"--vary {varied.part}: {value} is outside of {interval.text}.")
+    return values
 
 
 def number_type(annotation: Any) -> type | None:

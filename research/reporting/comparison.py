@@ -38,7 +38,9 @@ def write_comparison(runs: Sequence[record.Run], path: Path) -> Path:
     colours = dict(zip(by_label, picture.COLOURS * len(by_label), strict=False))
     parts, curves, note = [], entries, NOTE
     if grouped:
-        colours = {label: colour for group, colour in zip(groups, picture.COLOURS * 9, strict=False) for label in group.runs}
+        colours = {
+            label: colour for group, colour in zip(groups, picture.COLOURS * len(groups), strict=False) for label in group.runs
+        }
         curves = {
             name: merge_entries([entries[label] for label in group.runs])
             for name, group in zip(names_of(groups), groups, strict=True)

@@ -62,7 +62,7 @@ def group_runs(runs: Mapping[str, record.Run], summaries: Mapping[str, Mapping[s
 
 
 def names_of(groups: Sequence[Group]) -> list[str]:
-    """Returns a name for each group: the options by which it differs from others.
+    """Returns a name for each group: the options by which it differs from others, and its runs where none does.
 
     >>> names_of([Group({"rate": 0.1, "units": 64}, {}, []), Group({"rate": 0.2, "units": 64}, {}, [])])
     ['rate=0.1', 'rate=0.2']
@@ -70,7 +70,10 @@ def names_of(groups: Sequence[Group]) -> list[str]:
     fields = list(dict.fromkeys(name for group in groups for name in group.config))
     differing = [name for name in fields if len({json.dumps(group.config.get(name), default=str) for group in groups}) > 1]
     names = [" ".join(f"{name}={group.config.get(name)}" for name in differing) for group in groups]
-    return names if differing else [str(group.config.get("experiment", "")) for group in groups]
+    names = names if differing else [str(group.config.get("experiment", "")) for group in groups]
+    return [
+        f"{name} ({', '.join(group.runs)})" if names.count(name) > 1 else name for name, group in zip(names, groups, strict=True)
+    ]
 
 
 def merge_entries(logs: Iterable[Sequence[LogEntry]]) -> list[LogEntry]:

