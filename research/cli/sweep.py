@@ -66,6 +66,7 @@ def main(arguments: list[str]) -> int:
         contract.check_config(experiment, config)
         _check_options(own, options)
         space = _search_space(own, annotations(config_class))
+        _check_given(space, others)
         best = parse_best(own.metric)
         assert best is not None
         directory = own.sweep_dir or record.new_directory(f"{experiment.name}/sweep", Path("runs"))
@@ -122,6 +123,15 @@ def _search_space(own: argparse.Namespace, types_of: dict[str, Any]) -> "dict[st
         return space
     except InvalidArgument as error:
         raise UsageError(str(error)) from error
+
+
+def _check_given(space: "dict[str, BaseDistribution]", others: list[str]) -> None:
+    """Raises `UsageError` for an option of a field that varies."""
+    given = {argument.partition("=")[0].replace("_", "-") for argument in others}
+    for name in space:
+        option = name.replace("_", "-")
+        if given & {f"--{option}", f"--no-{option}"}:
+            raise UsageError(f"--{option} with --vary {name}=...: expected one of them.")
 
 
 class Sweep:

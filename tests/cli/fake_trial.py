@@ -2,7 +2,7 @@
 
 The loss of epoch e is (x - 0.3)^2 + 1 / (e + 1), where x is the learning rate. What else it does depends on its options: seed 1
 fails, seed 2 diverges, seed 4 logs no loss of validation data, seed 5 waits after its first epoch until a file `go` is beside its
-directory, or it is stopped. The batch size is the time of an epoch in milliseconds.
+directory, or it is stopped; seed 7 does not stop. The batch size is the time of an epoch in milliseconds.
 """
 
 import argparse
@@ -46,8 +46,8 @@ def main(options: argparse.Namespace) -> None:
     if options.seed == 2:
         (directory / "failures").mkdir(exist_ok=True)
         sys.exit("error: step 3: the loss is nan")
-    if options.seed == 5:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    if options.seed in (5, 7):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if options.seed == 7 else lambda *_: sys.exit(75))
         log(directory, 0, {"loss": 9.0})
         while not (directory.parent / "go").exists():
             time.sleep(0.01)

@@ -151,6 +151,23 @@ def test_a_stopped_sweep_goes_on_with_the_runs_that_it_was_at(number: int, capsy
     assert len(list(Path("s").glob("trial-????"))) == 3
 
 
+def test_a_second_signal_does_not_wait_for_runs_that_do_not_stop() -> None:
+    def stop_twice() -> None:
+        while not list(Path("s").glob("*/metrics.jsonl")):
+            time.sleep(0.01)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+        time.sleep(3)
+        Path("s/go").touch()  # a run that was waited for would be complete
+
+    stopper = threading.Thread(target=stop_twice)
+    stopper.start()
+    assert run("--trials", "1", *RATE, "--seed", "7") == 75
+    stopper.join()
+    assert [trial.state.name for trial in found()] == ["WAITING"]
+
+
 @pytest.mark.slow
 def test_a_sweep_that_was_killed_goes_on_with_the_runs_that_it_was_at() -> None:
     arguments = ["digits", "--sweep-dir", "s", "--trials", "2", *RATE, "--seed", "5", "--sampler", "random"]
@@ -249,6 +266,11 @@ def test_a_sweep_does_not_go_on_with_another_space(capsys: pytest.CaptureFixture
             ["--trials", "4", "--vary", "seed=0:1", "--storage", "sqlite:////no/such.db"],
             1,
             "--storage sqlite:////no/such.db: it can",
+        ),
+        (
+            ["--trials", "4", *RATE, "--learning-rate=1"],
+            2,
+            "--learning-rate with --vary learning_rate=...: expected one of them.",
         ),
         (["--trials", "4"], 2, "the following arguments are required: --vary"),
     ],
